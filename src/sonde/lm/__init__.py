@@ -1,0 +1,1 @@
+"""Language models: load, name the sites, read, edit, stream, generate."""

@@ -1,0 +1,261 @@
+"""Reading and editing activations at named sites, with forward hooks and nothing else.
+
+A tap is a place in the network: the input or the output of a module. Hooks exist only while something reads or edits
+there. A visit edits first, in the order in which the edits were entered, and reads afterwards; once every site that is
+read has been seen and nobody wants the logits, the forward pass stops. Blocks return tensors or tuples, and no output is
+written in place.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from sonde.errors import SondeError
+from sonde.lm.structure import Structure
+
+Edit = Callable[[Tensor], Tensor]
+Positions = int | slice | Sequence[int] | None
+_SLICE = re.compile(r"(?P<stem>[a-z_]+)\.(?P<start>-?\d+)?:(?P<stop>-?\d+)?(:(?P<step>-?\d+))?")
+
+
+class Stopped(Exception):  # noqa: N818
+    """Raised inside a forward pass when all that was wanted has been read."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Which real tokens the columns of the present forward pass are: for edits at positions.
+
+    `position` is the place of each column in its row's real tokens (pads have negative places), `prompt` the number of
+    real tokens of each row's prompt.
+    """
+
+    position: Int[Tensor, "batch pos"]
+    prompt: Int[Tensor, " batch"]
+
+    @staticmethod
+    def of(mask: Bool[Tensor, "batch pos"], before: Int[Tensor, " batch"], prompt: Int[Tensor, " batch"]) -> "Frame":
+        """The frame of columns with this `mask`, after `before` real tokens a row."""
+        position = before[:, None] + mask.cumsum(-1) - 1
+        return Frame(torch.where(mask, position, -1), prompt)
+
+    def chosen(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
+        """The columns that `positions` names. Negative positions count from the end of the prompt."""
+        real = self.position >= 0
+        if positions is None:
+            return real
+        if isinstance(positions, slice):
+            if positions.step not in (None, 1):
+                raise ValueError(f"positions take slices of step 1, not {positions}")
+            start = self._absolute(0 if positions.start is None else positions.start)
+            chosen = self.position >= start
+            return chosen & real if positions.stop is None else chosen & real & (self.position < self._absolute(positions.stop))
+        wanted = [positions] if isinstance(positions, int) else list(positions)
+        chosen = torch.zeros_like(real)
+        for place in wanted:
+            chosen |= self.position == self._absolute(place)
+        return chosen & real
+
+    def _absolute(self, place: int) -> Int[Tensor, "batch 1"]:
+        return (self.prompt + place if place < 0 else torch.full_like(self.prompt, place))[:, None]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    sites: frozenset[str]
+    acts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Editing:
+    site: str
+    edit: Edit
+    rows: tuple[int, ...] | None
+    positions: Positions
+    everywhere: bool
+
+
+class Taps:
+    """The sites of one model, and who reads and edits them at the moment.
+
+    `sites` are in the order of depth. State sites are not among the taps: state lives in caches, not in a forward pass.
+    """
+
+    def __init__(self, structure: Structure, name: str) -> None:
+        self._name = name
+        self._depth = len(structure.blocks)
+        self._points: dict[str, tuple[nn.Module, bool]] = {"embed": (structure.embedding, False)}
+        for i, block in enumerate(structure.blocks):
+            self._points[f"resid_pre.{i}"] = (block, True)
+            for kind, part in (("mixer_out", structure.mixers[i]), ("mlp_out", structure.mlps[i])):
+                if part is not None:
+                    self._points[f"{kind}.{i}"] = (part, False)
+            self._points[f"resid_post.{i}"] = (block, False)
+        self.sites: tuple[str, ...] = (*self._points, "logits")
+        self._readings: list[_Reading] = []
+        self._editings: list[_Editing] = []
+        self._hooks: dict[str, Any] = {}
+        self._missing: set[str] = set()
+        self._stoppable = False
+        self._frame: Frame | None = None
+
+    def match(self, *patterns: str) -> tuple[str, ...]:
+        """Site names that the patterns name, in order of depth: exact names, globs (`mlp_out.*`), slices (`resid_post.2:5`).
+
+        Raises `SondeError` for a pattern that names no site.
+        """
+        found: set[str] = set()
+        for pattern in patterns:
+            names = self._sliced(pattern) if _SLICE.fullmatch(pattern) else fnmatch.filter(self.sites, pattern)
+            if not names:
+                raise SondeError(f"site {pattern!r} does not exist: {self._name} has {self._summary()}")
+            found.update(names)
+        return tuple(site for site in self.sites if site in found)
+
+    @contextmanager
+    def reading(self, *patterns: str) -> Iterator[dict[str, Tensor]]:
+        """Collect activations of the named sites into the dict that is yielded; each forward pass overwrites them."""
+        reading = _Reading(frozenset(self.match(*patterns)), {})
+        self._readings.append(reading)
+        try:
+            self._rehook()
+            yield reading.acts
+        finally:
+            self._readings = [other for other in self._readings if other is not reading]
+            self._rehook()
+
+    @contextmanager
+    def editing(
+        self, edits: Mapping[str, Edit], *, rows: Sequence[int] | None = None, positions: Positions = None
+    ) -> Iterator[None]:
+        """Replace activations at the named sites by functions of themselves."""
+        entered = [
+            _Editing(site, edit, None if rows is None else tuple(rows), positions, rows is None and positions is None)
+            for pattern, edit in edits.items()
+            for site in self.match(pattern)
+        ]
+        self._editings += entered
+        try:
+            self._rehook()
+            yield
+        finally:
+            self._editings = [other for other in self._editings if not any(other is mine for mine in entered)]
+            self._rehook()
+
+    @contextmanager
+    def forward(self, frame: Frame, *, stoppable: bool) -> Iterator[None]:
+        """Surround one forward pass of the model; `Stopped` ends it early and is caught here."""
+        wanted = {site for reading in self._readings for site in reading.sites}
+        self._missing = wanted - {"logits"}
+        self._stoppable = stoppable and bool(wanted) and "logits" not in wanted
+        self._frame = frame
+        for reading in self._readings:
+            reading.acts.clear()
+        try:
+            yield
+        except Stopped:
+            pass
+        finally:
+            self._frame = None
+
+    def visit_logits(self, logits: Tensor) -> Tensor:
+        """Edit and read the logits, which are not the output of one module in every family."""
+        return self._visit("logits", logits)
+
+    @property
+    def read_logits_only_if_asked(self) -> bool:
+        """Whether something is read and the logits are not part of it."""
+        return bool(self._readings) and not any("logits" in reading.sites for reading in self._readings)
+
+    def _visit(self, site: str, value: Tensor) -> Tensor:
+        for editing in self._editings:
+            if editing.site == site:
+                value = self._edited(editing, value)
+        for reading in self._readings:
+            if site in reading.sites:
+                reading.acts[site] = value
+        self._missing.discard(site)
+        return value
+
+    def _edited(self, editing: _Editing, value: Tensor) -> Tensor:
+        new = editing.edit(value.clone())
+        if not isinstance(new, Tensor) or new.shape != value.shape:
+            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise SondeError(f"the edit at {editing.site} returned {got}; expected a tensor of shape {tuple(value.shape)}")
+        new = new.to(value.dtype)
+        if editing.everywhere:
+            return new
+        if self._frame is None:
+            raise SondeError("edits of chosen rows or positions work in lm(...) and lm.generate(...), not in lm.model(...)")
+        where = self._frame.chosen(editing.positions)
+        if editing.rows is not None:
+            rows = torch.zeros(len(where), dtype=torch.bool, device=where.device)
+            try:
+                rows[list(editing.rows)] = True
+            except IndexError as error:
+                raise SondeError(f"rows {editing.rows} do not exist in a batch of {len(where)}") from error
+            where = where & rows[:, None]
+        return torch.where(where[..., None], new, value)
+
+    def _rehook(self) -> None:
+        """Have hooks at exactly the sites that somebody reads or edits."""
+        used = {site for reading in self._readings for site in reading.sites}
+        used |= {editing.site for editing in self._editings}
+        used.discard("logits")
+        for site in set(self._hooks) - used:
+            self._hooks.pop(site).remove()
+        for site in sorted(used - set(self._hooks), key=self.sites.index):
+            module, at_input = self._points[site]
+            if at_input:
+                self._hooks[site] = module.register_forward_pre_hook(self._on_input(site), with_kwargs=True)
+            else:
+                self._hooks[site] = module.register_forward_hook(self._on_output(site))
+
+    def _on_input(self, site: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict):
+            value = args[0] if args else kwargs["hidden_states"]
+            new = self._visit(site, value)
+            self._stop_if_done()
+            if new is value:
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+        return hook
+
+    def _on_output(self, site: str):
+        def hook(module: nn.Module, args: tuple, output: Any):
+            value = output[0] if isinstance(output, tuple | list) else output
+            new = self._visit(site, value)
+            self._stop_if_done()
+            if new is value:
+                return None
+            return (new, *output[1:]) if isinstance(output, tuple | list) else new
+
+        return hook
+
+    def _stop_if_done(self) -> None:
+        if self._stoppable and not self._missing:
+            raise Stopped
+
+    def _sliced(self, pattern: str) -> list[str]:
+        part = _SLICE.fullmatch(pattern)
+        assert part is not None
+        bounds = (int(part[key]) if part[key] else None for key in ("start", "stop", "step"))
+        chosen = set(range(self._depth)[slice(*bounds)])
+        numbered = ((site, *site.split(".")) for site in self.sites if "." in site)
+        return [site for site, stem, number in numbered if stem == part["stem"] and int(number) in chosen]
+
+    def _summary(self) -> str:
+        kinds: dict[str, list[str]] = {}
+        for site in self.sites:
+            kinds.setdefault(site.partition(".")[0], []).append(site)
+        return ", ".join(
+            names[0] if len(names) == 1 else f"{names[0]} … {names[-1].partition('.')[2]}" for names in kinds.values()
+        )
