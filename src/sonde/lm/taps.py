@@ -3,7 +3,8 @@
 A tap is a place in the network: the input or the output of a module. Hooks exist only while something reads or edits
 there. A visit edits first, in the order in which the edits were entered, and reads afterwards; once every site that is
 read has been seen and nobody wants the logits, the forward pass stops. Blocks return tensors or tuples, and no output is
-written in place.
+written in place. Some models do write in place into what their parts return (Falcon adds the attention to the MLP's
+output), so outputs of parts are copied when they are read, and a stream that changed after it was read is an error.
 """
 
 import fnmatch
@@ -71,6 +72,7 @@ class Frame:
 class _Reading:
     sites: frozenset[str]
     acts: dict[str, Tensor]
+    versions: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Taps:
     @contextmanager
     def reading(self, *patterns: str) -> Iterator[dict[str, Tensor]]:
         """Collect activations of the named sites into the dict that is yielded; each forward pass overwrites them."""
-        reading = _Reading(frozenset(self.match(*patterns)), {})
+        reading = _Reading(frozenset(self.match(*patterns)), {}, {})
         self._readings.append(reading)
         try:
             self._rehook()
@@ -158,21 +160,21 @@ class Taps:
         self._frame = frame
         for reading in self._readings:
             reading.acts.clear()
+            reading.versions.clear()
         try:
             yield
         except Stopped:
             pass
         finally:
             self._frame = None
+        for reading in self._readings:
+            for site, version in reading.versions.items():
+                if reading.acts[site]._version != version:
+                    raise SondeError(f"{self._name} overwrote {site} after it was read; what was read is not what was there")
 
     def visit_logits(self, logits: Tensor) -> Tensor:
         """Edit and read the logits, which are not the output of one module in every family."""
         return self._visit("logits", logits)
-
-    @property
-    def read_logits_only_if_asked(self) -> bool:
-        """Whether something is read and the logits are not part of it."""
-        return bool(self._readings) and not any("logits" in reading.sites for reading in self._readings)
 
     def _visit(self, site: str, value: Tensor) -> Tensor:
         for editing in self._editings:
@@ -180,7 +182,10 @@ class Taps:
                 value = self._edited(editing, value)
         for reading in self._readings:
             if site in reading.sites:
-                reading.acts[site] = value
+                kept = value.clone() if site.startswith(("mixer_out", "mlp_out")) else value
+                reading.acts[site] = kept
+                if not kept.is_inference():
+                    reading.versions[site] = kept._version
         self._missing.discard(site)
         return value
 
@@ -232,13 +237,21 @@ class Taps:
     def _on_output(self, site: str):
         def hook(module: nn.Module, args: tuple, output: Any):
             value = output[0] if isinstance(output, tuple | list) else output
-            new = self._visit(site, value)
+            shaped = self._shaped(value)
+            new = self._visit(site, shaped)
             self._stop_if_done()
-            if new is value:
+            if new is shaped:
                 return None
+            new = new.reshape(value.shape)
             return (new, *output[1:]) if isinstance(output, tuple | list) else new
 
         return hook
+
+    def _shaped(self, value: Tensor) -> Tensor:
+        """OPT runs its MLP on (batch · pos, d): give it the shape of every other site."""
+        if value.ndim == 2 and self._frame is not None:
+            return value.reshape(*self._frame.position.shape, -1)
+        return value
 
     def _stop_if_done(self) -> None:
         if self._stoppable and not self._missing:
