@@ -5,14 +5,13 @@ token, windows drawn epoch by epoch in a seeded order, Muon on the matrices of t
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -25,8 +24,11 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one training. A step is `tokens_per_step` tokens in windows of `context`, and of `final_context` in
-    the last `final_fraction` of the steps."""
+    """Settings of one training.
+
+    A step is `tokens_per_step` tokens in windows of `context`, and of `final_context` in the last `final_fraction` of
+    the steps.
+    """
 
     steps: int = 4000
     tokens_per_step: int = 4096
@@ -79,8 +81,10 @@ def joined_ids(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> np.n
 
 
 def windows(ids: np.ndarray, length: int, count: int, first: int, *, seed: int) -> Tensor:
-    """Windows number `first` to `first + count - 1` of an endless seeded sequence: every epoch cuts the text at another
-    offset and visits all windows once. Shape (count, length), int64."""
+    """Windows number `first` to `first + count - 1` of an endless seeded sequence. Shape (count, length), int64.
+
+    Every epoch cuts the text at another offset and visits all windows once. Raises `SondeError` for too short a text.
+    """
     per_epoch = len(ids) // length - 1
     if per_epoch < 1:
         raise SondeError(f"the text has {len(ids)} tokens; training on windows of {length} needs at least {2 * length}")
@@ -100,7 +104,9 @@ def _starts(per_epoch: int, length: int, epoch: int, seed: int) -> np.ndarray:
 
 def optimizers_for(model: PreTrainedModel, settings: Training) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases."""
-    ends = {id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) for p in end.parameters()}
+    ends = {
+        id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for p in end.parameters()
+    }
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -149,24 +155,7 @@ def train_language_model(
 
 
 def save_half(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write model (half precision) and tokenizer as a Hugging Face folder."""
+    """Write model (half precision) and tokenizer as a Hugging Face folder. The model itself is rounded to half."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.float16).save_pretrained(folder)
+    model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def text_hash(texts: Sequence[str]) -> str:
-    """SHA-256 of the documents in order."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
-
-
-def parameter_count(module: nn.Module) -> dict[str, Any]:
-    """Number of parameters, all and without the embedding and unembedding."""
-    total = sum(p.numel() for p in module.parameters())
-    return {"all": total}

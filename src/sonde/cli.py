@@ -1,0 +1,224 @@
+"""The command line. `sonde --help` shows the commands, `sonde COMMAND --help` teaches one of them.
+
+Options are the fields of a dataclass, parsed by tyro: those of a study live with the study, those of a recipe with the
+recipe. What a user can act on is one line on standard error: bad input ends with exit code 2, an interruption with 130.
+Only what the command needs is imported.
+"""
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+from sonde.errors import SondeError
+
+Config = TypeVar("Config")
+
+HELP = """\
+sonde looks inside trained networks.
+
+usage: sonde COMMAND [...]
+
+  audit MODEL        examine a language model and write a report
+                       sonde audit organism:pebble
+                       sonde audit path/to/model --text book.txt --out runs/book
+  studies            list the studies: a paper's question, with our figure beside the paper's
+  run STUDY ...      run one of them
+                       sonde run tuned-lens organism:pebble
+  organism list      networks with known truth; `info NAME` shows one, `train NAME` makes it again
+                       sonde organism info pebble
+
+  sonde COMMAND --help   all options of a command, with an example
+  sonde --version        the version
+
+MODEL is a local folder in Hugging Face format, a name on the hub such as gpt2, or organism:NAME. An interrupted run
+goes on when the same command is given with --resume. Errors are one line on standard error and exit code 2."""
+
+ORGANISM_HELP = """\
+usage: sonde organism list | info NAME | train NAME [...]
+
+  list             the organisms, and which of them have weights in the package
+                     sonde organism list
+  info NAME        the card: what is known to be true of it, its data, its numbers, sample text
+                     sonde organism info pebble
+  train NAME ...   make it again from text of your own; `--help` after the name shows the options
+                     sonde organism train pebble --text books/ --out my-pebble"""
+
+RUN_HELP = """\
+usage: sonde run STUDY [...]
+
+  runs a study and prints where its report is: `sonde studies` lists them, `sonde run STUDY --help` shows one's options
+                     sonde run tuned-lens organism:pebble"""
+
+STUDIES_HELP = """\
+usage: sonde studies
+
+  lists the studies with the paper that each follows; run one with
+                     sonde run tuned-lens organism:pebble"""
+
+
+@dataclass(frozen=True)
+class UsageError(Exception):
+    """A command line that cannot be understood: what is wrong, and the command whose help says more."""
+
+    message: str
+    command: str
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line `argv` (default: this process's) and exit: 0, 2 for bad input, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        sys.exit(_dispatch(argv))
+    except UsageError as error:
+        _fail(f"{error.message}; see `{error.command} --help`", 2)
+    except SondeError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or f"interrupted; go on with: {_again(argv)}", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print("sonde: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _again(argv: Sequence[str]) -> str:
+    resumes = argv[:1] in (["audit"], ["run"]) and "--resume" not in argv
+    return shlex.join(["sonde", *argv, *(["--resume"] if resumes else [])])
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "audit": _audit,
+        "run": _run,
+        "studies": _studies,
+        "organism": _organism,
+    }
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+    elif argv[0] in ("-V", "--version"):
+        print("sonde", version())
+    elif argv[0] in commands:
+        commands[argv[0]](argv[1:])
+    else:
+        raise _unknown("command", argv[0], [*commands, "--help", "--version"], "sonde")
+    return 0
+
+
+def version() -> str:
+    """The installed version, such as `0.1.0`."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("sonde")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _unknown(what: str, given: str, known: Sequence[str], command: str) -> UsageError:
+    import difflib
+
+    close = difflib.get_close_matches(given, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    return UsageError(f"there is no {what} {given!r}: {hint}", command)
+
+
+def _audit(argv: list[str]) -> None:
+    from sonde.studies.audit import AuditConfig, audit
+
+    print("report:", audit(parse(AuditConfig, argv, command="sonde audit")))
+
+
+def _run(argv: list[str]) -> None:
+    from sonde.studies.registry import STUDIES
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(RUN_HELP, "\n\nstudies: ", ", ".join(STUDIES.entries), sep="")
+        return
+    if argv[0].startswith("-"):
+        raise UsageError(f"the study comes first, then its options, not {argv[0]!r}", "sonde run")
+    found = STUDIES.get(argv[0])
+    print("report:", found.run(parse(found.config, argv[1:], command=f"sonde run {found.name}")))
+
+
+def _studies(argv: list[str]) -> None:
+    from sonde.studies.registry import STUDIES
+
+    if argv and argv[0] in ("-h", "--help"):
+        print(STUDIES_HELP)
+        return
+    if argv:
+        raise UsageError(f"it takes no options, not {argv[0]!r}", "sonde studies")
+    for entry in STUDIES.entries.values():
+        print(f"{entry.name:14} {entry.summary}" + (f"\n{'':14} {entry.paper}" if entry.paper else ""))
+
+
+def _organism(argv: list[str]) -> None:
+    from sonde.organisms.registry import ORGANISMS, has_weights
+
+    if not argv or argv[0] in ("-h", "--help") or argv[1:] in (["-h"], ["--help"]):
+        print(ORGANISM_HELP)
+        return
+    verb, rest = argv[0], argv[1:]
+    if verb not in ("list", "info", "train"):
+        raise _unknown("organism command", verb, ["list", "info", "train"], "sonde organism")
+    if verb == "list":
+        if rest:
+            raise UsageError(f"list takes no options, not {rest[0]!r}", "sonde organism")
+        for entry in ORGANISMS.entries.values():
+            print(f"{entry.name:14} {entry.summary}{'' if has_weights(entry.name) else ' (train it first)'}")
+        return
+    if not rest or rest[0].startswith("-"):
+        raise UsageError(f"{verb} needs the name of an organism ({', '.join(ORGANISMS.entries)})", "sonde organism")
+    if verb == "train":
+        recipe = ORGANISMS.get(rest[0])
+        config = parse(recipe.config, rest[1:], command=f"sonde organism train {recipe.name}")
+        print("organism:", recipe.run(config))
+        return
+    if rest[1:]:
+        raise UsageError(f"info takes one name, not also {rest[1]!r}", "sonde organism")
+    from sonde.organisms.card import read_card, render
+
+    print(render(read_card(rest[0])))
+
+
+def parse(config: type[Config], argv: Sequence[str], *, command: str) -> Config:
+    """The dataclass `config` from command-line arguments; required fields are positional, flags have no `--no-` form.
+
+    Prints the help and exits on `--help`. Raises `UsageError` with tyro's complaint in one line.
+    """
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                config,
+                args=list(argv),
+                prog=command,
+                config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UsageError(_first_sentence(complaint.getvalue()), command) from None
+
+
+def _first_sentence(box: str) -> str:
+    """What tyro's framed message says above its first rule, and the option that it suggests."""
+    rows = [row.strip("│ \t") for row in box.splitlines() if not row.lstrip().startswith(("╭", "╰"))]
+    rule = next((i for i, row in enumerate(rows) if row.startswith("──")), len(rows))
+    said = " ".join(row for row in rows[:rule] if row)
+    rest = "\n".join(rows[rule:])
+    if "erhaps you meant" in rest or "imilar" in rest:
+        suggested = re.search(r"^--[\w-]+", rest, re.MULTILINE)
+        said += f"; did you mean {suggested.group()}?" if suggested else ""
+    return said

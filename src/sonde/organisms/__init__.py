@@ -1,0 +1,1 @@
+"""Networks with known truth: recipes, cards, and the weights of those that are small."""

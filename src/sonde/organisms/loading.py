@@ -1,0 +1,27 @@
+"""`sonde.load`: one name for a folder, a model of the hub or an organism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sonde.organisms.registry import PREFIX, folder_of
+
+if TYPE_CHECKING:
+    from sonde.lm.model import LanguageModel
+
+
+def load(name_or_path: str | Path, **options: Any) -> LanguageModel:
+    """Load a language model, check it, and return it.
+
+    `name_or_path` is a local folder, a hub name such as `gpt2`, or `organism:NAME` (see `sonde organism list`).
+    `options` are those of `sonde.lm.load.load`: dtype, device, revision, trust_remote_code, allow_pickle, check.
+
+    Raises `SondeError` when the organism does not exist or the model cannot be loaded.
+    """
+    from sonde.lm.load import load as load_model
+
+    text = str(name_or_path)
+    if not text.startswith(PREFIX):
+        return load_model(name_or_path, **options)
+    return load_model(folder_of(text.removeprefix(PREFIX)), **{"name": text, **options})
