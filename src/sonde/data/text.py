@@ -51,7 +51,7 @@ def documents(source: Any = None, *, column: str = "text", limit_chars: int | No
         found = _read_named(_resolve(str(source), column), limit_chars)
     else:
         found = _read_given(source, column)
-    return _present(found, describe(source), limit_chars)
+    return _present(found, str(source) if isinstance(source, str | Path) else describe(source), limit_chars)
 
 
 def describe(source: Any = None) -> str:
@@ -102,15 +102,24 @@ def _present(found: Iterable[str], name: str, limit_chars: int | None) -> Iterat
 def _split_name(text: str, column: str) -> _Named:
     """Path, split and column of a name; a path that exists as it stands wins over any other reading."""
     name, split, named_column = text, None, None
-    if not Path(text).expanduser().exists():
+    if not _exists(Path(text).expanduser()):
         name, *rest = text.split(":", 2)
         split = rest[0] if rest else None
         named_column = rest[1] if len(rest) > 1 else None
     path: Path | None = Path(name).expanduser()
-    local = path.exists() or path.suffix in PLAIN or path.parts[:1] == ("..",) or Path(path.parts[0]).is_dir()
+    local = _exists(path) or path.suffix in PLAIN or _exists(Path(*path.parts[:1]))
     if not local and _HUB_NAME.fullmatch(name):
         path = None
     return _Named(name, path, split or None, named_column or column)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
+    except OSError:  # too long a name, say
+        return False
 
 
 def _resolve(text: str, column: str) -> _Named:
@@ -211,8 +220,10 @@ def _read_json_lines(path: Path, column: str) -> Iterator[str]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise SondeError(f"{where} is not JSON: {error.msg} (column {error.colno})") from error
             except (ValueError, RecursionError) as error:
-                raise SondeError(f"{where} is not JSON: {error}") from error
+                raise SondeError(f"{where} is not JSON that can be read: {error}") from error
             yield _text_of(row, column, where)
 
 
@@ -287,7 +298,7 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _one_split(splits: Mapping[str, Any], named: _Named) -> Any:
+def _one_split(splits: Mapping[Any, Any], named: _Named) -> Any:
     wanted = named.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if wanted not in splits:
         raise SondeError(
