@@ -287,16 +287,14 @@ class _Special:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase) -> "_Special":
-        bos, eos, pad = (_id(tokenizer, name) for name in ("bos", "eos", "pad"))
+        ids: list[Any] = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        bos, eos = ids
         first = eos if bos is None else bos
         between = bos if eos is None else eos
         opened = tokenizer("a", verbose=False)["input_ids"][:1] == [bos] if bos is not None else False
         alone = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"][:1] == [bos]
-        return _Special(first, between, next(i for i in (pad, eos, bos, 0) if i is not None), opened and not alone)
-
-
-def _id(tokenizer: PreTrainedTokenizerBase, name: str) -> int | None:
-    return getattr(tokenizer, f"{name}_token_id", None)
+        # not the tokenizer's own pad, which in some models lies beyond the embedding; no model looks at it
+        return _Special(first, between, 0 if between is None else between, opened and not alone)
 
 
 def _tokenise(
