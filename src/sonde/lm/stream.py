@@ -1,8 +1,8 @@
 """One pass of a model over a text that serves everybody who wants to see its activations.
 
 Each batch runs through the model once, without gradients, as far as the deepest site that anybody reads. Nothing is
-kept: a consumer takes what it needs in `update` and forgets the rest. Under torchrun each process reads its own share of
-the batches; at the end the consumers' states are added up in the order of ranks, so that all processes hold the same
+kept: a consumer takes what it needs in `update` and forgets the rest. Under torchrun each process reads its own share
+of the batches; at the end the consumers' states are added up in the order of ranks, so that all processes hold the same
 result. States travel as safetensors bytes, never pickled.
 """
 
