@@ -61,7 +61,7 @@ class Header:
 class Figure:
     """A chart: an Altair chart (or its Vega-Lite dict) that `sonde.runs.charts.check` accepts.
 
-    `caption` is one sentence that says what the chart shows to somebody who cannot see it; it is printed below the chart.
+    `caption` says in one sentence what the chart shows to somebody who cannot see it; it is printed below the chart.
     """
 
     id: str
@@ -76,7 +76,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column of a table. `code` sets its cells as tokens: white space becomes visible. `digits` are significant ones."""
+    """A column of a table. `code` sets its cells as tokens, with white space visible; `digits` are significant ones."""
 
     name: str
     unit: str = ""
@@ -195,9 +195,9 @@ Block = Figure | Table | TokenView | Prose
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """One method's part of a report: question, answer in one sentence, evidence, what it does not show, how it was done.
+    """One method's part of a report: question, answer in a sentence, evidence, what it does not show, how it was done.
 
-    `failed` is the reason why a chapter has nothing else to say. A chapter with neither evidence nor a reason is refused.
+    `failed` is the reason why a chapter has nothing else to say. Without evidence or that reason it is refused.
     """
 
     id: str
@@ -222,7 +222,7 @@ class Chapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Appendix:
-    """What stands at the end: settings, machine, time by step, steps that were skipped (with reasons), files of the run.
+    """What stands at the end: settings, machine, time by step, skipped steps with reasons, files of the run.
 
     `timings` are (step, seconds), `skipped` (step, reason), `files` (path, bytes, SHA-256 in hex).
     """
