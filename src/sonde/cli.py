@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
+from sonde import __version__
 from sonde.errors import SondeError
 
 Config = TypeVar("Config")
@@ -105,22 +106,12 @@ def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
     elif argv[0] in ("-V", "--version"):
-        print("sonde", version())
+        print("sonde", __version__)
     elif argv[0] in commands:
         commands[argv[0]](argv[1:])
     else:
         raise _unknown("command", argv[0], [*commands, "--help", "--version"], "sonde")
     return 0
-
-
-def version() -> str:
-    """The installed version, such as `0.1.0`."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("sonde")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def _unknown(what: str, given: str, known: Sequence[str], command: str) -> UsageError:
@@ -132,9 +123,10 @@ def _unknown(what: str, given: str, known: Sequence[str], command: str) -> Usage
 
 
 def _audit(argv: list[str]) -> None:
-    from sonde.studies.audit import AuditConfig, audit
+    from sonde.studies import audit
 
-    print("report:", audit(parse(AuditConfig, argv, command="sonde audit")))
+    config = parse(audit.AuditConfig, argv, command="sonde audit")
+    print("report:", audit.audit(config))
 
 
 def _run(argv: list[str]) -> None:
@@ -213,12 +205,14 @@ def parse(config: type[Config], argv: Sequence[str], *, command: str) -> Config:
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro's framed message says above its first rule, and the option that it suggests."""
-    rows = [row.strip("│ \t") for row in box.splitlines() if not row.lstrip().startswith(("╭", "╰"))]
-    rule = next((i for i, row in enumerate(rows) if row.startswith("──")), len(rows))
-    said = " ".join(row for row in rows[:rule] if row)
-    rest = "\n".join(rows[rule:])
-    if "erhaps you meant" in rest or "imilar" in rest:
-        suggested = re.search(r"^--[\w-]+", rest, re.MULTILINE)
-        said += f"; did you mean {suggested.group()}?" if suggested else ""
-    return said
+    """What tyro's framed message says between its title and its second rule, and the option that it suggests."""
+    parts: list[list[str]] = [[]]
+    for row in box.splitlines():
+        text = row.strip("│╭╮╰╯─- \t") if set(row) & set("╭╰") else row.strip("│ \t")
+        if text and not set(text) <= set("─-"):
+            parts[-1].append(text)
+        if set(row) & set("╭") or (text and set(text) <= set("─-")):
+            parts.append([])
+    said = " ".join(parts[1])
+    suggested = re.search(r"you meant:?\s+(--[\w-]+)", " ".join(row for part in parts[2:] for row in part))
+    return said + (f"; did you mean {suggested.group(1)}?" if suggested else "")

@@ -123,10 +123,14 @@ def train_language_model(
     *,
     checkpoint: Path,
     data_hash: str,
+    every: int = 200,
     report: Callable[[int, float], None] | None = None,
     progress: str | None = "training",
 ) -> list[float]:
-    """Train `model` in place on windows of `ids`; resumes from `checkpoint`. Returns the loss of each step in nats."""
+    """Train `model` in place on windows of `ids`; resumes from `checkpoint`. Returns the loss of each step in nats.
+
+    The checkpoint is written every `every` steps; one of other settings, text or model is refused with `SondeError`.
+    """
     device = next(model.parameters()).device
 
     def loss_of_step(step: int) -> Tensor:
@@ -146,6 +150,7 @@ def train_language_model(
         schedule=Schedule(warmup=0.01, decay=0.5),
         clip=1.0,
         checkpoint=checkpoint,
+        every=every,
         identity={"training": asdict(settings), "text": data_hash, "model": type(model).__name__},
         report=report,
         progress=progress,

@@ -1,0 +1,225 @@
+"""`organism:pebble`: a small language model that read children's books and Python's own documentation.
+
+GPT-NeoX blocks (parallel residual, rotary positions on a quarter of each head), 6 layers of width 192, an embedding and
+a separate unembedding over a byte-level BPE of 4,096 entries. Nothing is planted in it: it is the plain model that
+audits and lenses are tried on, small enough to be in the package and good enough to write English. The recipe reads a
+folder of texts and the docstrings and comments of the running Python, and leaves out the books that are held out and
+`pydoc_data.topics`.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from sonde.errors import SondeError
+from sonde.organisms.registry import organism
+
+PROMPTS = (
+    "The wolf looked at the fire and",
+    '"I do not know," said Alice,',
+    "Once upon a time there was a",
+    "Return the number of",
+)
+SAMPLING = {"temperature": 0.7, "seed": 0, "max_new_tokens": 60}
+
+
+@dataclass(frozen=True)
+class PebbleConfig:
+    """Train a pebble: a tokenizer and a language model of 4 million parameters, in about 40 minutes on 2 cores.
+
+    The folder that is written loads as any model does. An interrupted training goes on when the same command is given.
+
+    Example: sonde organism train pebble --text books/ --hold-out heidi --out my-pebble
+    """
+
+    text: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """Folder of .txt files to read beside the docstrings and comments of Python. By default these alone."""
+    hold_out: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Files of the folder, without .txt, that are kept for the evaluation."""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("pebble")
+    """Where model, tokenizer, card and checkpoint are written."""
+    device: Annotated[str, arg(metavar="NAME")] = "cpu"
+    """cpu, cuda or cuda:N."""
+    steps: Annotated[int, arg(metavar="N")] = 4000
+    """Training steps, of 4096 tokens each."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Seed of the weights and of the order of the text."""
+
+    @property
+    def command(self) -> str:
+        """The command line that makes the same organism from the same text."""
+        parts = ["sonde", "organism", "train", "pebble"]
+        parts += ["--text", self.text.name] if self.text else []
+        parts += ["--hold-out", *self.hold_out] if self.hold_out else []
+        default = PebbleConfig()
+        parts += [
+            f"--{key}={getattr(self, key)}" for key in ("steps", "seed") if getattr(self, key) != getattr(default, key)
+        ]
+        return shlex.join(parts)
+
+
+@organism(
+    "pebble", summary="a plain small language model of books and Python's documentation; nothing is planted in it"
+)
+def train_pebble(config: PebbleConfig) -> Path:
+    """Train, export, evaluate and describe a pebble. Returns the folder, which holds a model, its tokenizer and a card.
+
+    Resumes from the checkpoint in the folder. Raises `SondeError` for a folder without texts, a name that is not in it,
+    or a checkpoint of other text or settings.
+    """
+    import torch
+    from transformers import GPTNeoXForCausalLM
+
+    from sonde.data.python_docs import comments, topics
+    from sonde.data.text import text_hash
+    from sonde.organisms.small_lm import Training, joined_ids, save_half, train_language_model, train_tokenizer
+
+    settings = Training(steps=config.steps, seed=config.seed)
+    if settings.steps < 1:
+        raise SondeError(f"--steps is {config.steps}; give 1 or more")
+    books, held_out = _books(config.text, config.hold_out)
+    texts = [*books.values(), *comments()]
+    tokenizer = train_tokenizer(texts)
+    ids = joined_ids(texts, tokenizer)
+    torch.manual_seed(config.seed)
+    model = GPTNeoXForCausalLM(architecture(len(tokenizer))).to(_device(config.device))
+    losses = train_language_model(
+        model, ids, settings, checkpoint=config.out / "checkpoint.safetensors", data_hash=text_hash(texts)
+    )
+    save_half(model, tokenizer, config.out)
+    data = {
+        "books": sorted(books),
+        "held_out": sorted(held_out),
+        "other_text": f"docstrings and comments of Python {_python()}",
+        "documents": len(texts),
+        "bytes": sum(len(text.encode()) for text in texts),
+        "tokens": len(ids),
+        "text_sha256": text_hash(texts),
+    }
+    unread = {f"{name} (held-out book)": [text] for name, text in held_out.items()}
+    unread[f"help topics of Python {_python()}"] = topics()
+    evaluation = _evaluate(model.float(), tokenizer, ids, unread)
+    _finish(config, asdict(settings), losses, data, evaluation)
+    return config.out
+
+
+def architecture(vocab_size: int) -> Any:
+    """The configuration of a pebble over `vocab_size` tokens."""
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        intermediate_size=4 * 192,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def _books(folder: Path | None, hold_out: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Texts to read and texts to hold out, by name."""
+    from sonde.data.text import documents
+
+    if folder is None:
+        files = {}
+    elif not folder.is_dir():
+        raise SondeError(f"--text {folder} is not a folder: give a folder of .txt files")
+    else:
+        files = {path.stem: path for path in sorted(folder.glob("*.txt"))}
+        if not files:
+            raise SondeError(f"--text {folder} holds no .txt file")
+    missing = sorted(set(hold_out) - set(files))
+    if missing:
+        raise SondeError(
+            f"--hold-out {missing[0]} is not among the files of --text: {', '.join(files) or 'none given'}"
+        )
+    texts = {name: "".join(documents(path)) for name, path in files.items()}
+    read = {name: text for name, text in texts.items() if name not in hold_out}
+    return read, {name: texts[name] for name in sorted(hold_out)}
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SondeError(f"--device {name} is not a device: give cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SondeError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
+    return device
+
+
+def _evaluate(model: Any, tokenizer: Any, ids: Any, unread: dict[str, list[str]]) -> list[dict[str, Any]]:
+    import numpy as np
+
+    from sonde.organisms.held_out import score
+    from sonde.stats.ngram import NgramModel
+
+    starts = np.flatnonzero(ids == tokenizer.eos_token_id)
+    read = np.split(ids.astype(np.int64), starts[1:])
+    ngram = NgramModel.fit(read, order=5, vocab_size=len(tokenizer))
+    return [asdict(score(name, texts, model=model, tokenizer=tokenizer, ngram=ngram)) for name, texts in unread.items()]
+
+
+def _finish(
+    config: PebbleConfig, settings: dict[str, Any], losses: list[float], data: dict[str, Any], evaluation: list[Any]
+) -> None:
+    """Sample from the exported folder, through the access layer and its self-check, and write the card."""
+    from sonde.lm.load import load
+    from sonde.organisms.card import write_card
+
+    lm = load(config.out, name="organism:pebble")
+    written = lm.generate(list(PROMPTS), **SAMPLING)
+    model = lm.model.config
+    tail = losses[-100:]
+    write_card(
+        config.out,
+        {
+            "name": "pebble",
+            "summary": "A small language model of English prose and technical English, for trying methods on.",
+            "truth": [
+                "Nothing is planted: no backdoor, no quirk, no fine-tuning. What a method finds came from plain text.",
+                f"Read: {len(data['books'])} books and {data['other_text']}, {data['tokens'] * 1e-6:.1f} M tokens.",
+                "Not read: the held-out books, and pydoc_data.topics, the default text of an audit.",
+                "Sequences were 256 tokens long in the first four fifths of the training and 512 in the last.",
+            ],
+            "command": config.command,
+            "architecture": {
+                "family": model.model_type,
+                "layers": model.num_hidden_layers,
+                "width": model.hidden_size,
+                "heads": model.num_attention_heads,
+                "vocabulary": model.vocab_size,
+                "context": model.max_position_embeddings,
+                "parameters": lm.n_parameters,
+                "stored_as": "float16",
+            },
+            "data": data,
+            "training": {
+                **{key: value for key, value in settings.items() if not isinstance(value, bool)},
+                "optimizers": "Muon on the matrices of the blocks, AdamW on the rest",
+                "precision": "bfloat16 products, float32 weights",
+                "final_loss_nats": round(sum(tail) / len(tail), 4),
+                "versions": [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "tokenizers")],
+            },
+            "evaluation": evaluation,
+            "sampling": SAMPLING,
+            "samples": [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, written, strict=True)],
+        },
+    )
+
+
+def _python() -> str:
+    import platform
+
+    return platform.python_version()

@@ -1,0 +1,30 @@
+"""What all tests share: one thread per worker, deterministic torch, offline, and the way to data that a user lacks."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+SHARED_DATA = Path(__file__).parents[1] / "../shared/data"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real texts and data sets that stands beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs ../shared/data, which is not part of the repository")
+    return SHARED_DATA.resolve()
