@@ -14,8 +14,9 @@ The measurement takes about ten passes over eight tokens, once for each model.
 """
 
 import inspect
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,6 +50,7 @@ class Continuation:
     states: float | None
     padding: float
     tolerance: float
+    failure: str = ""
 
     @property
     def ignores_mask(self) -> bool:
@@ -64,7 +66,9 @@ class Continuation:
         if self.mode == "none":
             raise SondeError(
                 f"{name} cannot continue from its cache: a run split by the cache differs from the whole run by"
-                f" {min(self.one, self.step):.1e} of the logits' scale (allowed: {self.tolerance:.0e})"
+                f" {max(self.one, self.step):.1e} of the logits' scale (allowed: {self.tolerance:.0e})"
+                + f"; {self.failure}"
+                * bool(self.failure)
             )
 
 
@@ -196,33 +200,43 @@ def measure(model: PreTrainedModel) -> Continuation:
     """Measure on random tokens which ways of continuing are right. See the module's docstring for what is compared."""
     tokens = random_tokens(model, PREFIX + SUFFIX)
     prefix, suffix = tokens[:, :PREFIX], tokens[:, PREFIX:]
+    padded, mask = _left_padded(model, tokens)
+    failures: list[str] = []
+    states = None
     with _unhooked(model):
-        whole = call(model, tokens)[0]
-        scale, allowed = float(whole.float().abs().max()), tolerance(whole.dtype)
-
-        def error(found: Tensor, true: Tensor) -> float:
-            return _difference(found, true) / scale
-
-        cache = call(model, prefix)[1]
-        split = call(model, suffix, cache=cache.clone())[0]
-        chunk = error(split, whole[:, PREFIX:])
-        stepped, _ = _stepped(model, suffix, cache.clone())
-        one, step = error(stepped[:, :1], whole[:, PREFIX : PREFIX + 1]), error(stepped, whole[:, PREFIX:])
-        states = None
-        if cache.recurs:
-            disturbed = _disturbed(cache)
-            true, _ = _stepped(model, suffix[:, :2], disturbed.clone())
-            found = call(model, suffix[:, :2], cache=disturbed)[0]
-            states = _difference(found, true) / float(true.float().abs().max())
-        padding = _padding_error(model, tokens, whole) / scale
+        plain = {"use_cache": False} if "use_cache" in _parameters(type(model)) else {}
+        whole = model(input_ids=tokens, **plain).logits
+        after = whole[:, PREFIX:]
+        try:
+            cache = call(model, prefix)[1]
+            stepped = _stepped(model, suffix, cache.clone())
+            split = _attempt(lambda: call(model, suffix, cache=cache.clone())[0], failures)
+            if cache.recurs:
+                other = disturbed(cache)
+                true = _stepped(model, suffix[:, :2], other.clone())
+                states = difference(_attempt(lambda: call(model, suffix[:, :2], cache=other)[0], failures), true)
+            one, step, chunk = (
+                difference(stepped[:, :1], after[:, :1]),
+                difference(stepped, after),
+                difference(split, after),
+            )
+        except Exception as error:  # whatever the code of a family raises, it cannot be continued
+            failures.append(f"{type(error).__name__}: {error}")
+            one = step = chunk = math.inf
+        padding = difference(_attempt(lambda: call(model, padded, mask=mask)[0][:, PADS:], failures), whole)
+    eps = torch.finfo(model.dtype).eps
+    allowed = max(1e-4, 2 * eps, min(3 * max(one, step), 8 * eps))
     right = {"chunk": max(one, chunk, states or 0.0), "step": max(one, step)}
     mode: Mode = "chunk" if right["chunk"] <= allowed else "step" if right["step"] <= allowed else "none"
-    return Continuation(mode, one, step, chunk, states, padding, allowed)
+    return Continuation(mode, one, step, chunk, states, padding, allowed, failures[0] if failures else "")
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest error, relative to the largest logit, that rounding explains in a few layers of this number type."""
-    return max(1e-4, 8 * torch.finfo(dtype).eps)
+def _attempt(run: Callable[[], Tensor], failures: list[str]) -> Tensor | None:
+    try:
+        return run()
+    except Exception as error:  # a family's own failure is a measurement too
+        failures.append(f"{type(error).__name__}: {error}")
+        return None
 
 
 def random_tokens(model: PreTrainedModel, n: int, *, rows: int = 2) -> Int[Tensor, "rows n"]:
@@ -232,44 +246,48 @@ def random_tokens(model: PreTrainedModel, n: int, *, rows: int = 2) -> Int[Tenso
     return torch.randint(0, embedding.shape[0], (rows, n), generator=generator).to(embedding.device)  # type: ignore[arg-type]
 
 
-def _stepped(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-    pieces = []
-    for i in range(tokens.shape[1]):
-        logits, cache = call(model, tokens[:, i : i + 1], cache=cache)
-        pieces.append(logits)
-    return torch.cat(pieces, 1), cache
+def disturbed(cache: Cache, *parts: str) -> Cache:
+    """A copy whose states (of `parts`, by default all but keys and values) are far from zero and from what they were.
 
-
-def _disturbed(cache: Cache) -> Cache:
-    """A cache whose states are far from zero, so that whoever takes them as zero is seen.
-
-    Keys, values, denominators and stabilisers stay, which would otherwise change the scale of everything.
+    Of each part one tensor changes: denominators and stabilisers stay, which would change the scale of everything.
     """
     generator = torch.Generator().manual_seed(1)
     new = cache.clone()
     for layer in range(cache.n_layers):
         for part in cache.parts(layer):
-            if part == "kv":
+            if part not in (parts or ("recurrent", "conv", "shift")):
                 continue
-            name, state = next(iter(new.read(layer, part).items()))
+            name = "kv.values" if part == "kv" else next(iter(new.read(layer, part)))
+            state = new.read(layer, name)[name]
             noise = torch.randn(state.shape, generator=generator).to(state.device)
             size = state.float().std().nan_to_num().clamp(min=0.1)
             new.write(layer, {name: state + 3 * size * noise})
     return new
 
 
-def _padding_error(model: PreTrainedModel, tokens: Tensor, whole: Tensor) -> float:
+def difference(found: Float[Tensor, "batch pos d"] | None, true: Float[Tensor, "batch pos d"]) -> float:
+    """The largest difference of any token over the largest of `true`; infinite where shapes differ or numbers are NaN.
+
+    In half precision it is the median token's: there rounding sends single tokens to other experts.
+    """
+    if found is None or found.shape != true.shape:
+        return math.inf
+    scale = true.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    worst = (found.float() - true.float()).abs().amax(-1).nan_to_num(nan=math.inf) / scale
+    return float(worst.max() if true.dtype.itemsize > 2 else worst.median())
+
+
+def _stepped(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
+    pieces = []
+    for i in range(tokens.shape[1]):
+        logits, cache = call(model, tokens[:, i : i + 1], cache=cache)
+        pieces.append(logits)
+    return torch.cat(pieces, 1)
+
+
+def _left_padded(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.cat([random_tokens(model, PADS).flip(0), tokens], 1)
-    mask = torch.ones_like(padded, dtype=torch.bool)
-    mask[:, :PADS] = False
-    return _difference(call(model, padded, mask=mask)[0][:, PADS:], whole)
-
-
-def _difference(found: Tensor, true: Tensor) -> float:
-    """The largest difference; infinite where the shapes differ or a number is not finite."""
-    if found.shape != true.shape:
-        return float("inf")
-    return float((found.float() - true.float()).abs().max().nan_to_num(nan=float("inf")))
+    return padded, torch.arange(padded.shape[1], device=padded.device).expand_as(padded) >= PADS
 
 
 @lru_cache
