@@ -164,11 +164,13 @@ class TokenView:
                     f"token view {self.id!r}: statistic {statistic.name!r} has shape {np.shape(statistic.values)}, "
                     f"expected {(n_layers, n_tokens)} or {(n_tokens,)}"
                 )
-        if self.top is not None:
-            shape = np.shape(self.top)
-            if shape[:2] != (n_layers, n_tokens) or np.shape(self.top_log2p) != shape or len(shape) != 3:
+        if (self.top is None) != (self.top_log2p is None):
+            raise ValueError(f"token view {self.id!r}: top and top_log2p belong together, give both or none")
+        if self.top is not None and self.top_log2p is not None:
+            shape, other = np.shape(self.top), np.shape(self.top_log2p)
+            if shape[:2] != (n_layers, n_tokens) or other != shape or len(shape) != 3:
                 raise ValueError(
-                    f"token view {self.id!r}: top has shape {shape} and top_log2p {np.shape(self.top_log2p)}, "
+                    f"token view {self.id!r}: top has shape {shape} and top_log2p {other}, "
                     f"expected both ({n_layers}, {n_tokens}, K)"
                 )
             unknown = set(np.unique(self.top).tolist()) - {-1} - set(self.vocabulary)

@@ -1,8 +1,8 @@
 """The colours of pages and charts, each measured against its background in both themes.
 
-Every colour is a CSS variable, so that one chart and one page serve light and dark. The sequential and diverging scales lie
-behind text and keep at least 5.7 : 1 against the ink; where there is no text, cividis (Nunez et al. 2018) runs over its full
-range. Steps of the scales stay apart under simulated colour blindness (Machado et al. 2009).
+Every colour is a CSS variable, so that one chart and one page serve light and dark. The sequential and diverging scales
+lie behind text and keep at least 5.7 : 1 against the ink; where there is no text, cividis (Nunez et al. 2018) runs over
+its full range. Steps of the scales stay apart under simulated colour blindness (Machado et al. 2009).
 """
 
 import re

@@ -3,8 +3,8 @@
 The header (JSON) names the sizes and the strings that occur, in order of first use. The payload holds little-endian
 unsigned arrays in a fixed order: tokens [T], top-k [L, T, K] (indices of those strings), -log2 p [L, T, K] in steps of
 1/2048 bit, place of the true token among the top-k [L, T] (0 = absent), each statistic [L, T] or [T] in steps of the
-header's `step`, ranks [L, T]. Arrays wider than a byte are stored as planes, all lowest bytes first; the whole is gzipped
-without a time stamp, so that equal views have equal bytes. The largest value of each type stands for a gap.
+header's `step`, ranks [L, T]. Arrays wider than a byte are stored as planes, all lowest bytes first; the whole is
+gzipped without a time stamp, so that equal views have equal bytes. The largest value of each type stands for a gap.
 """
 
 import base64

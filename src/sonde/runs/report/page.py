@@ -1,8 +1,8 @@
 """One HTML file per run: opens offline, shows what was found, how sure it is and against what, and digs to the token.
 
 The page holds everything it needs and its policy lets the browser refuse every request. Charts stand as static pictures
-that Vega, inflated once from the page, replaces when they come near; token views are drawn from packed arrays. Equal input
-gives equal bytes: nothing in the page depends on the time or the process.
+that Vega, inflated once from the page, replaces when they come near; token views are drawn from packed arrays. Equal
+input gives equal bytes: nothing in the page depends on the time or the process.
 """
 
 import base64
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup, escape
 
 from sonde.errors import SondeError
@@ -24,7 +25,7 @@ from sonde.files import write_json, write_text
 from sonde.runs import charts, palette
 from sonde.runs.blocks import Appendix, Chapter, Column, Figure, Header, Prose, Table, TokenView
 from sonde.runs.finding import Finding, findings_json
-from sonde.runs.report import coding, strip, token_text
+from sonde.runs.report import coding, numbers, strip, token_text
 
 BUDGET = 8_000_000
 MOST_FINDINGS = 12
@@ -45,9 +46,9 @@ def write_report(
 ) -> Path:
     """Write `path` (a report.html) and findings.json beside it, each whole or not at all; return the page's path.
 
-    `findings` come first on the page, in the given order. With `vega=False` the charts stay static pictures and the page
-    is 0.4 MB smaller. Raises `ValueError` for a block, chart or finding that breaks a rule, `SondeError` when the page
-    would exceed 8 MB (with its largest parts) or cannot be written.
+    `findings` come first on the page, in the given order. With `vega=False` the charts stay static pictures and the
+    page is 0.4 MB smaller. Raises `ValueError` for a block, chart or finding that breaks a rule, `SondeError` when the
+    page would exceed 8 MB (with its largest parts) or cannot be written.
     """
     path = Path(path)
     findings, chapters, appendix = list(findings), list(chapters), appendix or Appendix()
@@ -186,9 +187,9 @@ def _table(table: Table) -> dict[str, Any]:
 
 def _cell(value: Any, column: Column, is_number: bool) -> dict[str, Any]:
     if is_number:
-        value = value.item() if hasattr(value, "item") else value
+        value = value.item() if isinstance(value, np.number) else value
         raw = "" if value is None or value != value else json.dumps(value)
-        return {"text": charts.number(value, column.digits), "raw": raw, "code": False, "name": ""}
+        return {"text": numbers.number(value, column.digits), "raw": raw, "code": False, "name": ""}
     text = "" if value is None else str(value)
     if column.code:
         return {"text": token_text.label(text), "raw": text, "code": True, "name": token_text.name(text)}
@@ -196,7 +197,7 @@ def _cell(value: Any, column: Column, is_number: bool) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) or hasattr(value, "item")
+    return (isinstance(value, int | float) and not isinstance(value, bool)) or isinstance(value, np.number)
 
 
 def _packed_csv(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -239,9 +240,9 @@ def _appendix(appendix: Appendix) -> dict[str, Any]:
     return {
         "config": [(key, _plain(value)) for key, value in appendix.config.items()],
         "environment": [(key, _plain(value)) for key, value in appendix.environment.items()],
-        "timings": [(step, strip.duration(seconds)) for step, seconds in appendix.timings],
+        "timings": [(step, numbers.duration(seconds)) for step, seconds in appendix.timings],
         "skipped": list(appendix.skipped),
-        "files": [(name, strip.size(n_bytes), digest) for name, n_bytes, digest in appendix.files],
+        "files": [(name, numbers.size(n_bytes), digest) for name, n_bytes, digest in appendix.files],
     }
 
 
@@ -264,9 +265,9 @@ def _check_ids(findings: Sequence[Finding], chapters: Sequence[Chapter]) -> None
 
 def _too_large(size: int, parts: dict[str, int]) -> str:
     largest = sorted(parts.items(), key=lambda part: -part[1])[:5]
-    listed = ", ".join(f"{name} {strip.size(length)}" for name, length in largest)
+    listed = ", ".join(f"{name} {numbers.size(length)}" for name, length in largest)
     return (
-        f"the report would be {strip.size(size)}, more than {strip.size(BUDGET)}. Largest parts: {listed}. "
+        f"the report would be {numbers.size(size)}, more than {numbers.size(BUDGET)}. Largest parts: {listed}. "
         "Show fewer tokens or layers in token views, thin charts before drawing them, or write it with vega=False"
     )
 
@@ -303,5 +304,12 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    made.filters.update(number=charts.number, duration=strip.duration, date=strip.date, linked=linked)
+    made.filters.update(
+        number=numbers.number,
+        trimmed=numbers.trimmed,
+        count=numbers.count,
+        duration=numbers.duration,
+        date=numbers.date,
+        linked=linked,
+    )
     return made

@@ -1,13 +1,11 @@
 """A finding as it stands on the page: its numbers in words, and the number line that holds estimate against control.
 
-Both are composed from the fields of findings.json, so that page and file cannot disagree. The line always includes zero.
+Both are composed from the fields of findings.json, so that page and file cannot disagree. The line includes zero.
 """
 
-import math
-from datetime import datetime
 from typing import Any
 
-from sonde.runs.charts import number
+from sonde.runs.report.numbers import decimals, number, rounded, trimmed
 
 MARKS = {"found": "●", "not found": "○", "unclear": "◐", "refused": "✕"}
 _METHODS = {"bootstrap": "bootstrap", "wilson": "Wilson", "exact": "exact", "bayes": "Bayesian"}
@@ -31,6 +29,7 @@ def view(finding: dict[str, Any]) -> dict[str, Any]:
         "count": number(finding["n"]),
         "direction": _DIRECTIONS[finding["better"]],
         "held_against": None,
+        "paper_value": trimmed(finding["paper"]["value"]) if finding["paper"] else "",
     }
     if control is not None:
         c_low, c_high = control["interval"] or (control["estimate"], control["estimate"])
@@ -78,48 +77,3 @@ def _line(finding: dict[str, Any]) -> dict[str, Any]:
 
 def _side(place: float) -> str:
     return "start" if place < 25 else "end" if place > 75 else "middle"
-
-
-def decimals(estimate: float, low: float, high: float) -> int:
-    """Digits after the point that show one to two significant digits of the interval's width."""
-    scale = (high - low) / 3 or abs(estimate) / 300 or 1.0
-    return max(0, min(8, -math.floor(math.log10(scale))))
-
-
-def rounded(value: float, places: int) -> str:
-    """A number with `places` decimals, thousands apart and a true minus sign."""
-    text = f"{value:,.{places}f}"
-    return (text if float(text.replace(",", "")) else text.lstrip("-")).replace("-", "−")
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them: "0.4 s", "41 s", "2 min 41 s", "3 h 5 min"."""
-    if seconds is None:
-        return "–"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(n_bytes: int) -> str:
-    """Bytes in decimal units: "512 B", "48.2 kB", "1.22 MB"."""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= step:
-            return f"{number(n_bytes / step)} {unit}"
-    return f"{n_bytes} B"
-
-
-def date(created: str) -> str:
-    """An ISO date or time as "21 Nov 2026" or "21 Nov 2026, 09:35"; anything else as it is."""
-    try:
-        moment = datetime.fromisoformat(created)
-    except ValueError:
-        return created
-    day = f"{moment.day} {moment:%b %Y}"
-    return f"{day}, {moment:%H:%M}" if len(created) > 10 else day

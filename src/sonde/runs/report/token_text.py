@@ -1,7 +1,7 @@
 """How the text of a token is shown: white space gets a sign and a name, invisible characters are written out.
 
-In a passage a token keeps its place: spaces inside it stay spaces, a run of newlines becomes one sign and one line break.
-In a list a token stands alone: its leading space shows as `␣`.
+In a passage a token keeps its place: spaces inside it stay spaces, a run of newlines becomes one sign and one line
+break. In a list a token stands alone: its leading space shows as `␣`.
 """
 
 import unicodedata
