@@ -48,7 +48,7 @@ unit: $(STAMP)-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15
 
 docs: $(STAMP)-dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs-serve: $(STAMP)-dev
 	$(BIN)/mkdocs serve

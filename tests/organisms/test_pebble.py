@@ -9,35 +9,38 @@ from sonde.organisms.card import read_card, render, sha256
 from sonde.organisms.pebble import PebbleConfig, train_pebble
 from sonde.organisms.registry import folder_of
 
-CARD = read_card("pebble")
+
+@pytest.fixture(scope="module")
+def card():
+    return read_card("pebble")
 
 
-def test_the_card_belongs_to_the_bundled_files():
+def test_the_card_belongs_to_the_bundled_files(card):
     folder = folder_of("pebble")
-    assert CARD["sha256"] == {name: sha256(folder / name) for name in CARD["sha256"]}
+    assert card["sha256"] == {name: sha256(folder / name) for name in card["sha256"]}
 
 
-def test_pebble_is_clearly_better_than_a_5_gram_on_every_text_that_it_has_not_read():
-    assert len(CARD["evaluation"]) == 4
-    for row in CARD["evaluation"]:
+def test_pebble_is_clearly_better_than_a_5_gram_on_every_text_that_it_has_not_read(card):
+    assert len(card["evaluation"]) == 4
+    for row in card["evaluation"]:
         assert row["model"]["low"] <= row["model"]["estimate"] <= row["model"]["high"]
         assert row["gain"]["low"] > 0.05, row["text"]
 
 
-def test_pebble_writes_english():
+def test_pebble_writes_english(card):
     known = set(re.findall(r"[a-z]+", " ".join([*topics(), *comments()]).lower()))
-    words = re.findall(r"[a-z]{2,}", " ".join(sample["text"] for sample in CARD["samples"]).lower())
+    words = re.findall(r"[a-z]{2,}", " ".join(sample["text"] for sample in card["samples"]).lower())
     assert len(words) > 100
     assert sum(word in known for word in words) / len(words) > 0.9
 
 
-def test_the_held_out_books_were_not_read():
-    assert len(CARD["data"]["held_out"]) == 3
-    assert not set(CARD["data"]["held_out"]) & set(CARD["data"]["books"])
+def test_the_held_out_books_were_not_read(card):
+    assert len(card["data"]["held_out"]) == 3
+    assert not set(card["data"]["held_out"]) & set(card["data"]["books"])
 
 
-def test_the_card_reads_as_text():
-    text = render(CARD)
+def test_the_card_reads_as_text(card):
+    text = render(card)
     assert max(map(len, text.splitlines())) <= 100
     assert text.startswith("organism:pebble\n")
     for part in ("What is true of it", "Bits per byte", "heidi", "Make it again", "sonde organism train pebble"):
