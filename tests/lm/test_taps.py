@@ -15,6 +15,10 @@ def model(family: str = "llama") -> LanguageModel:
     return LanguageModel(tiny(family), name=family)
 
 
+def forward_sites(lm: LanguageModel) -> list[str]:
+    return [site for site in lm.sites if not site.startswith("state.")]
+
+
 def tokens(batch: int = 2, length: int = 8, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -29,9 +33,9 @@ def no_grad():
 def test_a_read_changes_no_logit(family):
     lm, ids = model(family), tokens()
     plain = lm.model(input_ids=ids, use_cache=False).logits
-    with lm.reading("*") as acts:
+    with lm.reading(*forward_sites(lm)) as acts:
         out = lm(ids)
-    assert set(acts) == set(lm.sites)
+    assert set(acts) == set(forward_sites(lm))
     assert out.logits is not None
     assert torch.equal(out.logits, plain)
     assert torch.equal(lm(ids).logits, plain)
@@ -40,7 +44,7 @@ def test_a_read_changes_no_logit(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_site_has_batch_and_position_first(family):
     lm, ids = model(family), tokens(batch=3, length=6)
-    with lm.reading("*") as acts:
+    with lm.reading(*forward_sites(lm)) as acts:
         lm(ids)
     assert all(act.shape[:2] == (3, 6) for act in acts.values())
     assert all(acts[site].shape[2] == lm.d_model for site in lm.sites if "resid" in site or "_out" in site)
@@ -98,16 +102,10 @@ def test_edits_compose_in_the_order_in_which_they_were_entered():
 
 def test_an_edit_that_works_in_place_does_not_reach_back_into_the_model():
     lm, ids = model(), tokens()
-    seen = {}
-
-    def zero(h):
-        return h.zero_()
-
-    with lm.reading("resid_post.0") as seen, lm.editing({"resid_pre.1": zero}):
+    with lm.reading("resid_post.0", "resid_pre.1") as acts, lm.editing({"resid_pre.1": torch.Tensor.zero_}):
         lm(ids)
-        kept = seen["resid_post.0"].clone() if "resid_post.0" in seen else None
-    assert kept is not None
-    assert kept.abs().sum() > 0
+    assert acts["resid_pre.1"].abs().sum() == 0
+    assert acts["resid_post.0"].abs().sum() > 0
 
 
 def test_positions_choose_real_tokens_and_negatives_count_from_the_end_of_the_prompt():
@@ -197,3 +195,55 @@ def test_gradients_flow_through_edits_and_reads():
     assert vector.grad is not None
     assert vector.grad.abs().sum() > 0
     assert all(p.grad is None for p in lm.model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_state_is_read_as_tensors_with_the_batch_first(family):
+    lm, ids = model(family), tokens(batch=3)
+    with lm.reading("state.*") as acts:
+        out = lm(ids)
+    assert out.past is not None
+    assert set(acts) == {f"state.{i}" for i in range(lm.n_layers)}
+    tensors = [tensor for state in acts.values() for tensor in state.values()]
+    assert tensors
+    assert all(len(tensor) == 3 for tensor in tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_that_is_given_another_rows_states_continues_like_it(family):
+    lm, ids = model(family), tokens(batch=2)
+    suffix = ids[:1, :3].expand(2, -1)
+    clean = lm(suffix, past=lm(ids, use_cache=True).past).logits
+
+    def swapped(state):
+        return {name: tensor.flip(0) for name, tensor in state.items()}
+
+    past = lm(ids, use_cache=True).past
+    with lm.editing({"state.*": swapped}, rows=[0]):
+        edited = lm(suffix, past=past).logits
+    assert torch.allclose(edited[0], clean[1], atol=1e-4)
+    assert torch.allclose(edited[1], clean[1], atol=1e-4)
+    assert not torch.allclose(edited[0], clean[0], atol=1e-3)
+
+
+def test_a_state_is_edited_once_however_long_the_continuation():
+    lm, ids = model("mamba2"), tokens(batch=1)
+    calls = []
+
+    def count(state):
+        calls.append(1)
+        return state
+
+    with lm.editing({"state.1": count}):
+        lm.generate(ids.tolist(), max_new_tokens=4)
+    assert len(calls) == 1
+
+
+def test_selected_rows_of_a_past_continue_alone():
+    lm, ids = model("llama"), tokens(batch=2)
+    past = lm(ids, use_cache=True).past
+    twice = past.select(torch.tensor([1, 1, 0]))
+    suffix = ids[:, :2]
+    together = lm(suffix[[1, 1, 0]], past=twice).logits
+    alone = lm(suffix, past=past).logits
+    assert torch.allclose(together, alone[[1, 1, 0]], atol=1e-5)

@@ -1,7 +1,7 @@
 """Generation: continue prompts one token at a time from the cache, with whatever edits are active.
 
-Our own loop instead of the models' `generate`, because it goes through `LanguageModel`: edits know which column is which
-token, and every family continues in the way that was measured to be right for it.
+Our own loop instead of the models' `generate`, because it goes through `LanguageModel`: edits know which column is
+which token, and every family continues in the way that was measured to be right for it.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sonde.errors import SondeError
+from sonde.lm.continuation import continuation
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -30,23 +31,28 @@ def generate(
     if isinstance(prompts, str):
         raise TypeError("prompts is a list of prompts, not one string")
     if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"max_new_tokens must be positive and temperature not negative, not {max_new_tokens}, {temperature}")
+        raise ValueError(
+            f"max_new_tokens must be positive and temperature not negative, not {max_new_tokens}, {temperature}"
+        )
     rows = [lm.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     if not rows or not all(rows):
         raise SondeError("every prompt needs at least one token")
     new: list[list[int]] = [[] for _ in rows]
-    if lm.check().ignores_mask:
+    options = (max_new_tokens, temperature, seed)
+    if continuation(lm.model).ignores_mask:
         # These families look at pads: prompts of one length go together, no row is padded.
         for length in sorted({len(row) for row in rows}):
             same = [i for i, row in enumerate(rows) if len(row) == length]
-            for i, ids in zip(same, _batch(lm, [rows[i] for i in same], max_new_tokens, temperature, seed), strict=True):
+            for i, ids in zip(same, _batch(lm, [rows[i] for i in same], *options), strict=True):
                 new[i] = ids
     else:
-        new = _batch(lm, rows, max_new_tokens, temperature, seed)
+        new = _batch(lm, rows, *options)
     return [lm.decode(ids) if isinstance(prompt, str) else ids for prompt, ids in zip(prompts, new, strict=True)]
 
 
-def _batch(lm: "LanguageModel", rows: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+def _batch(
+    lm: "LanguageModel", rows: list[list[int]], max_new_tokens: int, temperature: float, seed: int
+) -> list[list[int]]:
     generator = torch.Generator(device=lm.device).manual_seed(seed)
     tokens, mask = left_padded(rows, lm.device)
     ends = _end_ids(lm)
@@ -56,8 +62,7 @@ def _batch(lm: "LanguageModel", rows: list[list[int]], max_new_tokens: int, temp
     limit = max_new_tokens if lm.max_positions is None else min(max_new_tokens, lm.max_positions - tokens.shape[1])
     for _ in range(limit):
         out = lm(tokens, mask, past=past, use_cache=True)
-        if out.logits is None or out.past is None:
-            raise SondeError("generate() runs many forward passes: read activations with lm(tokens) on what it returns")
+        assert out.logits is not None
         past = out.past
         tokens = _draw(out.logits[:, -1], temperature, generator)[:, None]
         mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -70,7 +75,9 @@ def _batch(lm: "LanguageModel", rows: list[list[int]], max_new_tokens: int, temp
     return [_until_end(row, set(ends.tolist())) for row in torch.stack(drawn, 1).tolist()]
 
 
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+def left_padded(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Rows of different lengths as one batch with pads (id 0) on the left, and its mask."""
     width = max(len(row) for row in rows)
     tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
@@ -78,7 +85,9 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[In
     return tokens, mask
 
 
-def _draw(logits: Float[Tensor, "batch vocab"], temperature: float, generator: torch.Generator) -> Int[Tensor, " batch"]:
+def _draw(
+    logits: Float[Tensor, "batch vocab"], temperature: float, generator: torch.Generator
+) -> Int[Tensor, " batch"]:
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]

@@ -1,7 +1,7 @@
 """Load a language model from a folder or the Hugging Face hub, and refuse what cannot be trusted or read.
 
-Weights come from safetensors. A pickle runs code when it is opened, so it is read only with `allow_pickle`; a weight that
-the checkpoint lacks would be random, so it is an error and not a warning.
+Weights come from safetensors. A pickle runs code when it is opened, so it is read only with `allow_pickle`; a weight
+that the checkpoint lacks would be random, so it is an error and not a warning.
 """
 
 import json
@@ -15,6 +15,7 @@ from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,7 +55,8 @@ def load(
     lm = LanguageModel(model.to(device), _tokenizer(where.name, label, options), name=label)
     if lm.tokenizer is not None and len(lm.tokenizer) > lm.vocab_size:
         raise SondeError(
-            f"{label}: the tokenizer has {len(lm.tokenizer)} entries but the model {lm.vocab_size}; they do not belong together"
+            f"{label}: the tokenizer has {len(lm.tokenizer)} entries but the model {lm.vocab_size};"
+            " they do not belong together"
         )
     if check:
         lm.check().raise_if_unusable()
@@ -85,7 +87,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise SondeError(f"device {device!r} is not a device: use cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SondeError(f"device {str(device)!r} was asked for, but PyTorch sees no CUDA device here: use --device cpu")
+        raise SondeError(
+            f"device {str(device)!r} was asked for, but PyTorch sees no CUDA device here: use --device cpu"
+        )
     return device
 
 
@@ -112,15 +116,20 @@ def _config(name: str, label: str, options: dict[str, Any]) -> Any:
         raise SondeError(
             f"{label} is not a folder here, and it could not be had from the Hugging Face hub: {_first_line(error)}"
         ) from error
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
     if config.is_encoder_decoder:
-        raise SondeError(f"{label} is an encoder-decoder ({config.model_type}); Sonde reads decoder-only language models")
+        raise SondeError(
+            f"{label} is an encoder-decoder ({config.model_type}); Sonde reads decoder-only language models"
+        )
     architectures = config.architectures or []
     decoder = any("CausalLM" in a or "LMHead" in a or "ConditionalGeneration" in a for a in architectures)
-    if not known or (architectures and not decoder and not getattr(config, "is_decoder", False) and _is_encoder(config)):
+    encodes = architectures and not decoder and not getattr(config, "is_decoder", False) and _is_encoder(config)
+    if not known or encodes:
+        named = ", ".join(architectures) or "no architecture named"
         raise SondeError(
-            f"{label} is not a causal language model ({config.model_type}: {', '.join(architectures) or 'no architecture named'}):"
-            " Sonde reads decoders that predict the next token"
+            f"{label} is not a causal language model ({config.model_type}: {named}): Sonde reads decoders that predict the next token"
         )
     return config
 
@@ -149,13 +158,17 @@ def _weights(
             **options,
         )
     except SafetensorError as error:
-        raise SondeError(f"{label}: the safetensors file is damaged ({_first_line(error)}): fetch or save it again") from error
+        raise SondeError(
+            f"{label}: the safetensors file is damaged ({_first_line(error)}): fetch or save it again"
+        ) from error
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise SondeError(f"{label}: the weights could not be loaded: {_first_line(error)}") from error
     wrong = [*sorted(info["missing_keys"]), *(str(key) for key in sorted(info["mismatched_keys"]))]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise SondeError(f"{label}: the checkpoint lacks or misfits {', '.join(wrong[:3])}{more}: these weights would be random")
+        raise SondeError(
+            f"{label}: the checkpoint lacks or misfits {', '.join(wrong[:3])}{more}: these weights would be random"
+        )
     if config.model_type == "rwkv" and dtype != torch.float16:
         # RWKV halves its residual stream every few blocks against float16 overflow, by changing weights in place on the
         # first forward pass. The logits do not depend on it; activations, and weights that others hold, do.
@@ -166,7 +179,9 @@ def _weights(
 def _refuse_pickle(folder: Path, label: str, allow_pickle: bool) -> None:
     if any(folder.glob("*.safetensors")):
         return
-    pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+    pickles = [
+        path.name for path in sorted(folder.iterdir()) if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+    ]
     if not pickles:
         raise SondeError(f"{label} has no weights: expected model.safetensors beside config.json")
     if not allow_pickle:

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sonde.errors import SondeError
+from sonde.lm.continuation import call, continuation
+from sonde.lm.state import Cache
 from sonde.lm.structure import find_structure
 from sonde.lm.taps import Edit, Frame, Positions, Taps
 from sonde.lm.token_text import token_strings
@@ -32,16 +34,25 @@ _UNBOUNDED_CONTEXT = 2048
 
 @dataclass
 class Past:
-    """What a forward pass left behind to continue from: the model's own cache, the mask so far, the prompt's lengths."""
+    """What a forward pass left behind to continue from: the cache, the mask so far, the number of real prompt tokens.
 
-    cache: Any
+    `fresh` until it has been continued from: edits of `state.i` apply to a fresh one only.
+    """
+
+    cache: Cache
     mask: Bool[Tensor, "batch pos"]
     prompt: Int[Tensor, " batch"]
+    fresh: bool = True
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Past":
+        """An independent copy of chosen rows, which may repeat: one prompt, then many ways on."""
+        rows = rows.to(self.mask.device)
+        return Past(self.cache.select(rows), self.mask[rows], self.prompt[rows], self.fresh)
 
 
 @dataclass
 class Output:
-    """Result of a forward pass. `logits` is None when the pass stopped early; `past` is None unless it was asked for."""
+    """Result of a forward pass: `logits`, or None when it stopped early; `past` where a cache was asked for."""
 
     logits: Float[Tensor, "batch pos vocab"] | None
     past: Past | None = None
@@ -61,7 +72,9 @@ class LanguageModel:
 
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model") -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model"
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -70,7 +83,6 @@ class LanguageModel:
         self.unembedding = Unembedding(self.structure, self.config)
         self._taps = Taps(self.structure, name)
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
-        self._generating = False
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.family}, {self.n_layers} layers, d_model {self.d_model})"
@@ -138,11 +150,12 @@ class LanguageModel:
         """Site names that patterns name, in order of depth: names, globs (`mlp_out.*`), slices (`resid_post.2:5`)."""
         return self._taps.match(*patterns)
 
-    def reading(self, *patterns: str) -> AbstractContextManager[dict[str, Tensor]]:
+    def reading(self, *patterns: str) -> AbstractContextManager[dict[str, Any]]:
         """Collect activations at sites: `with lm.reading("resid_post.3") as acts: lm(tokens)`.
 
-        The dict holds Float[Tensor, "batch pos d_model"] by site after each call ("logits": "batch pos vocab"). A call
-        stops after the deepest site that is read unless "logits" is among them.
+        The dict holds Float[Tensor, "batch pos d_model"] by site after each call ("logits": "batch pos vocab";
+        `state.i`: a dict of tensors, the memory after the last token). A call stops after the deepest site that is read
+        unless "logits" or a state is among them.
         """
         return self._taps.reading(*patterns)
 
@@ -151,7 +164,8 @@ class LanguageModel:
     ) -> AbstractContextManager[None]:
         """Replace activations by functions of themselves: `with lm.editing({"resid_post.3": f}): lm.generate(...)`.
 
-        `f` takes and returns Float[Tensor, "batch pos d_model"]. `rows` limits the edit to rows of the batch;
+        `f` takes and returns Float[Tensor, "batch pos d_model"]; at `state.i`, a dict of the memory's tensors, once,
+        before a call continues from a `past`. `rows` limits the edit to rows of the batch;
         `positions` (an int, several, or a slice) to real tokens, counted without pads; negative positions count from
         the end of the prompt, so `slice(-1, None)` is the prompt's last token and everything after it. Contexts nest:
         edits at one site apply in the order in which they were entered, and what is read is the edited value.
@@ -180,25 +194,48 @@ class LanguageModel:
         """
         ids = self._ids(tokens)
         mask = self._mask(ids, mask)
-        if past is not None:
-            return self._continue(ids, mask, past)
+        if past is not None or use_cache or self._taps.reads_state:
+            return self._with_cache(ids, mask, past)
         lengths = mask.sum(-1)
         frame = Frame.of(mask, torch.zeros_like(lengths), lengths)
-        kwargs: dict[str, Any] = {"use_cache": use_cache} if "use_cache" in self._accepts else {}
-        if not bool(mask.all()) and (use_cache or not bool(mask[:, 0].all())):
-            # A causal model never looks at pads to the right: only left padding, or a cache, needs the mask.
+        kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepts else {}
+        if not bool(mask[:, 0].all()):
+            # A causal model never looks at pads to the right of a token: only pads to the left need the mask.
             kwargs["attention_mask"] = mask.long()
             if "position_ids" in self._accepts:
                 kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits, cache = None, None
-        with self._taps.forward(frame, stoppable=not use_cache):
-            out = self.model(input_ids=ids, **kwargs)
-            logits = self._taps.visit_logits(out.logits)
-            if use_cache:
-                from sonde.lm.continuation import cache_of
+        logits = None
+        with self._taps.forward(frame, stoppable=True):
+            logits = self._taps.visit_logits(self.model(input_ids=ids, **kwargs).logits)
+        return Output(logits)
 
-                cache = Past(cache_of(self.model, out), mask, lengths)
-        return Output(logits, cache)
+    def _with_cache(self, ids: Tensor, mask: Tensor, past: Past | None) -> Output:
+        """A pass that leaves a cache, after `past` where there is one, in as many calls as the family needs."""
+        how = continuation(self.model)
+        columns = [slice(0, ids.shape[1])]
+        if past is None:
+            cache, before, prompt, seen = None, torch.zeros_like(ids[:, 0]), mask.sum(-1), mask[:, :0]
+        else:
+            how.require(self.name)
+            columns = how.columns(ids.shape[1])
+            if past.fresh:
+                self._taps.edit_states(past.cache)
+            cache, before, prompt, seen = past.cache, past.mask.sum(-1), past.prompt, past.mask
+        self._fits(seen.shape[1] + ids.shape[1])
+        frame = Frame.of(mask, before, prompt)
+        mask = torch.cat([seen, mask], 1)
+        pieces = []
+        with self._taps.joined() as keep:
+            for part in columns:
+                with self._taps.forward(frame.columns(part), stoppable=False):
+                    logits, cache = call(
+                        self.model, ids[:, part], cache=cache, mask=mask[:, : seen.shape[1] + part.stop]
+                    )
+                    pieces.append(self._taps.visit_logits(logits))
+                keep()
+        assert cache is not None
+        self._taps.read_states(cache)
+        return Output(torch.cat(pieces, 1), Past(cache, mask, prompt, fresh=past is None))
 
     def unembed(self, hidden: Float[Tensor, "... d_model"]) -> Float[Tensor, "... vocab"]:
         """Logits of a residual stream after the last block: final norm, head, soft-cap or scale."""
@@ -219,6 +256,8 @@ class LanguageModel:
         """
         from sonde.lm.generation import generate
 
+        if self._taps.reads:
+            raise SondeError("generate() runs many forward passes: read activations with lm(tokens) on what it returns")
         return generate(self, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
     def stream(self, text: Any = None, *, sites: Sequence[str] = (), **layout: Any) -> "Iterator[Batch]":
@@ -270,6 +309,9 @@ class LanguageModel:
             mask = torch.ones_like(ids, dtype=torch.bool)
         if mask.shape != ids.shape:
             raise SondeError(f"the mask has shape {tuple(mask.shape)}, the tokens {tuple(ids.shape)}")
-        if self.max_positions is not None and ids.shape[1] > self.max_positions:
-            raise SondeError(f"{ids.shape[1]} tokens are more than the {self.max_positions} positions of {self.name}")
+        self._fits(ids.shape[1])
         return mask.to(ids.device, torch.bool)
+
+    def _fits(self, length: int) -> None:
+        if self.max_positions is not None and length > self.max_positions:
+            raise SondeError(f"{length} tokens are more than the {self.max_positions} positions of {self.name}")

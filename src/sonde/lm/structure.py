@@ -1,8 +1,9 @@
 """Where the parts of a causal language model are, found by structure instead of by class name.
 
 The blocks are the outermost `ModuleList` as long as the configuration's layer count; the final norm is the norm beside
-it; the head is what transformers calls the output embedding. Inside a block, the mixer (attention or recurrence) and the
-MLP are the children that carry one of the field's few names. The self-check measures whether what was found is right.
+it; the head is what transformers calls the output embedding. Inside a block, the mixer (attention or recurrence) and
+the MLP are the children that carry one of the field's few names. The self-check measures whether what was found is
+right.
 """
 
 import inspect
@@ -20,7 +21,10 @@ _MIXER = re.compile(
 _MLP = re.compile(r"mlp|feed_forward|ffn|mlp_block|block_sparse_moe|moe|fc2|feedforward")
 _LAST_PROJECTION = ("dense", "dense_4h_to_h")
 # Blocks that also normalise what they add: the norm behind the mixer, and the one behind the MLP that gives it away.
-_NORM_AFTER = {"post_attention_layernorm": "post_feedforward_layernorm", "post_self_attn_layernorm": "post_mlp_layernorm"}
+_NORM_AFTER = {
+    "post_attention_layernorm": "post_feedforward_layernorm",
+    "post_self_attn_layernorm": "post_mlp_layernorm",
+}
 
 
 @dataclass(frozen=True)

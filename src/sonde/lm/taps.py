@@ -2,9 +2,11 @@
 
 A tap is a place in the network: the input or the output of a module. Hooks exist only while something reads or edits
 there. A visit edits first, in the order in which the edits were entered, and reads afterwards; once every site that is
-read has been seen and nobody wants the logits, the forward pass stops. Blocks return tensors or tuples, and no output is
-written in place. Some models do write in place into what their parts return (Falcon adds the attention to the MLP's
-output), so outputs of parts are copied when they are read, and a stream that changed after it was read is an error.
+read has been seen and nobody wants the logits, the forward pass stops. `state.i` lives in the cache instead of in a
+module: it is read after a pass, and edited once, before a pass continues from it. Blocks return tensors or tuples, and
+no output is written in place. Some models do write in place into what their parts return (Falcon adds the attention to
+the MLP's output), so outputs of parts are copied when they are read, and a stream that changed after it was read is an
+error.
 """
 
 import fnmatch
@@ -19,14 +21,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from sonde.errors import SondeError
+from sonde.lm.state import Cache
 from sonde.lm.structure import Structure
 
-Edit = Callable[[Tensor], Tensor]
+Edit = Callable[[Any], Any]
 Positions = int | slice | Sequence[int] | None
 _SLICE = re.compile(r"(?P<stem>[a-z_]+)\.(?P<start>-?\d+)?:(?P<stop>-?\d+)?(:(?P<step>-?\d+))?")
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """Raised inside a forward pass when all that was wanted has been read."""
 
 
@@ -47,6 +50,10 @@ class Frame:
         position = before[:, None] + mask.cumsum(-1) - 1
         return Frame(torch.where(mask, position, -1), prompt)
 
+    def columns(self, part: slice) -> "Frame":
+        """The frame of some of the columns."""
+        return Frame(self.position[:, part], self.prompt)
+
     def chosen(self, positions: Positions) -> Bool[Tensor, "batch pos"]:
         """The columns that `positions` names. Negative positions count from the end of the prompt."""
         real = self.position >= 0
@@ -57,7 +64,11 @@ class Frame:
                 raise ValueError(f"positions take slices of step 1, not {positions}")
             start = self._absolute(0 if positions.start is None else positions.start)
             chosen = self.position >= start
-            return chosen & real if positions.stop is None else chosen & real & (self.position < self._absolute(positions.stop))
+            return (
+                chosen & real
+                if positions.stop is None
+                else chosen & real & (self.position < self._absolute(positions.stop))
+            )
         wanted = [positions] if isinstance(positions, int) else list(positions)
         chosen = torch.zeros_like(real)
         for place in wanted:
@@ -71,8 +82,9 @@ class Frame:
 @dataclass(frozen=True)
 class _Reading:
     sites: frozenset[str]
-    acts: dict[str, Tensor]
+    acts: dict[str, Any]
     versions: dict[str, int]
+    pieces: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -85,10 +97,7 @@ class _Editing:
 
 
 class Taps:
-    """The sites of one model, and who reads and edits them at the moment.
-
-    `sites` are in the order of depth. State sites are not among the taps: state lives in caches, not in a forward pass.
-    """
+    """The sites of one model, `sites` in the order of depth, and who reads and edits them at the moment."""
 
     def __init__(self, structure: Structure, name: str) -> None:
         self._name = name
@@ -100,7 +109,8 @@ class Taps:
                 if part is not None:
                     self._points[f"{kind}.{i}"] = (part, False)
             self._points[f"resid_post.{i}"] = (block, False)
-        self.sites: tuple[str, ...] = (*self._points, "logits")
+        states = (f"state.{i}" for i in range(self._depth))
+        self.sites: tuple[str, ...] = (*self._points, *states, "logits")
         self._readings: list[_Reading] = []
         self._editings: list[_Editing] = []
         self._hooks: dict[str, Any] = {}
@@ -109,7 +119,7 @@ class Taps:
         self._frame: Frame | None = None
 
     def match(self, *patterns: str) -> tuple[str, ...]:
-        """Site names that the patterns name, in order of depth: exact names, globs (`mlp_out.*`), slices (`resid_post.2:5`).
+        """Site names in order of depth: exact names, globs (`mlp_out.*`) and slices (`resid_post.2:5`).
 
         Raises `SondeError` for a pattern that names no site.
         """
@@ -122,9 +132,9 @@ class Taps:
         return tuple(site for site in self.sites if site in found)
 
     @contextmanager
-    def reading(self, *patterns: str) -> Iterator[dict[str, Tensor]]:
+    def reading(self, *patterns: str) -> Iterator[dict[str, Any]]:
         """Collect activations of the named sites into the dict that is yielded; each forward pass overwrites them."""
-        reading = _Reading(frozenset(self.match(*patterns)), {}, {})
+        reading = _Reading(frozenset(self.match(*patterns)), {}, {}, [])
         self._readings.append(reading)
         try:
             self._rehook()
@@ -155,8 +165,8 @@ class Taps:
     def forward(self, frame: Frame, *, stoppable: bool) -> Iterator[None]:
         """Surround one forward pass of the model; `Stopped` ends it early and is caught here."""
         wanted = {site for reading in self._readings for site in reading.sites}
-        self._missing = wanted - {"logits"}
-        self._stoppable = stoppable and bool(wanted) and "logits" not in wanted
+        self._missing = wanted & set(self._points)
+        self._stoppable = stoppable and bool(wanted) and wanted <= set(self._points)
         self._frame = frame
         for reading in self._readings:
             reading.acts.clear()
@@ -170,7 +180,62 @@ class Taps:
         for reading in self._readings:
             for site, version in reading.versions.items():
                 if reading.acts[site]._version != version:
-                    raise SondeError(f"{self._name} overwrote {site} after it was read; what was read is not what was there")
+                    raise SondeError(
+                        f"{self._name} overwrote {site} after it was read; what was read is not what was there"
+                    )
+
+    @property
+    def reads(self) -> bool:
+        """Whether somebody reads anything."""
+        return bool(self._readings)
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether somebody reads a state, so that the pass must leave a cache."""
+        return any(site.startswith("state.") for reading in self._readings for site in reading.sites)
+
+    @contextmanager
+    def joined(self) -> Iterator[Callable[[], None]]:
+        """Surround several passes over consecutive columns: what is read is joined along the positions.
+
+        The function that is yielded is called after each pass.
+        """
+
+        def keep() -> None:
+            for reading in self._readings:
+                reading.pieces.append(dict(reading.acts))
+
+        yield keep
+        for reading in self._readings:
+            for site in reading.pieces[0] if reading.pieces else ():
+                reading.acts[site] = torch.cat([piece[site] for piece in reading.pieces], 1)
+            reading.pieces.clear()
+
+    def read_states(self, cache: Cache) -> None:
+        """Read `state.i`: the tensors of the layer's memory by name, with the batch first."""
+        for reading in self._readings:
+            for site in self.sites:
+                if site in reading.sites and site.startswith("state."):
+                    reading.acts[site] = cache.read(int(site.removeprefix("state.")))
+
+    def edit_states(self, cache: Cache) -> None:
+        """Replace what `state.i` edits change in a cache that is about to be continued from."""
+        for editing in self._editings:
+            if not editing.site.startswith("state."):
+                continue
+            if editing.positions is not None:
+                raise SondeError(f"{editing.site} has no positions: it is the memory of all tokens so far")
+            layer = int(editing.site.removeprefix("state."))
+            old = cache.read(layer)
+            new = dict(editing.edit({name: value.clone() for name, value in old.items()}))
+            if editing.rows is not None:
+                kept = _rows_mask(editing.rows, cache.batch, next(iter(old.values())).device)
+                new = {
+                    name: torch.where(kept.view(-1, *[1] * (value.ndim - 1)), value, old[name])
+                    for name, value in new.items()
+                    if name in old
+                }
+            cache.write(layer, new)
 
     def visit_logits(self, logits: Tensor) -> Tensor:
         """Edit and read the logits, which are not the output of one module in every family."""
@@ -193,27 +258,26 @@ class Taps:
         new = editing.edit(value.clone())
         if not isinstance(new, Tensor) or new.shape != value.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise SondeError(f"the edit at {editing.site} returned {got}; expected a tensor of shape {tuple(value.shape)}")
+            raise SondeError(
+                f"the edit at {editing.site} returned {got}; expected a tensor of shape {tuple(value.shape)}"
+            )
         new = new.to(value.dtype)
         if editing.everywhere:
             return new
         if self._frame is None:
-            raise SondeError("edits of chosen rows or positions work in lm(...) and lm.generate(...), not in lm.model(...)")
+            raise SondeError(
+                "edits of chosen rows or positions work in lm(...) and lm.generate(...), not in lm.model(...)"
+            )
         where = self._frame.chosen(editing.positions)
         if editing.rows is not None:
-            rows = torch.zeros(len(where), dtype=torch.bool, device=where.device)
-            try:
-                rows[list(editing.rows)] = True
-            except IndexError as error:
-                raise SondeError(f"rows {editing.rows} do not exist in a batch of {len(where)}") from error
-            where = where & rows[:, None]
+            where = where & _rows_mask(editing.rows, len(where), where.device)[:, None]
         return torch.where(where[..., None], new, value)
 
     def _rehook(self) -> None:
         """Have hooks at exactly the sites that somebody reads or edits."""
         used = {site for reading in self._readings for site in reading.sites}
         used |= {editing.site for editing in self._editings}
-        used.discard("logits")
+        used &= set(self._points)
         for site in set(self._hooks) - used:
             self._hooks.pop(site).remove()
         for site in sorted(used - set(self._hooks), key=self.sites.index):
@@ -272,3 +336,11 @@ class Taps:
         return ", ".join(
             names[0] if len(names) == 1 else f"{names[0]} … {names[-1].partition('.')[2]}" for names in kinds.values()
         )
+
+
+def _rows_mask(rows: Sequence[int], batch: int, device: torch.device) -> Bool[Tensor, " batch"]:
+    if not all(-batch <= row < batch for row in rows):
+        raise SondeError(f"rows {tuple(rows)} do not exist in a batch of {batch}")
+    chosen = torch.zeros(batch, dtype=torch.bool, device=device)
+    chosen[list(rows)] = True
+    return chosen

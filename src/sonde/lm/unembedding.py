@@ -1,4 +1,4 @@
-"""The whole unembedding of a language model: final norm, projection, head, and what the family does to logits afterwards.
+"""The whole unembedding of a language model: final norm, projection, head, and what the family does to the logits.
 
 U(h) = post(W_U · project(norm(h)) + b_U), where post multiplies by a scale (Cohere, Granite, FalconH1) or bends by a
 soft-cap c·tanh(z/c) (Gemma 2, RecurrentGemma, xLSTM). The configuration's keys are the only trace of `post`.
@@ -68,7 +68,7 @@ class Unembedding:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the unembedding's numbers in float32: equal for equal unembeddings, whatever their storage type."""
+        """SHA-256 of the unembedding's numbers in float32, whatever they are stored in."""
         digest = hashlib.sha256()
         parts = [self.weight, self.bias]
         for module in (self.norm, self.project):
