@@ -55,6 +55,12 @@ def walk(run: Run, stage: str, number: int) -> torch.Tensor:
     return position
 
 
+def updates(folder: Path) -> int:
+    """How many updates all processes have reported."""
+    log = folder / "progress.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
 def attempts(folder: Path, kills: int, seed: int) -> int:
     """Work on the run until it is finished, killing up to `kills` processes; returns how many were."""
     moments = random.Random(seed)
@@ -68,7 +74,9 @@ def attempts(folder: Path, kills: int, seed: int) -> int:
             finally:
                 os._exit(1)
         if attempt < kills:
-            time.sleep(moments.uniform(0.01, 0.25))
+            goal = updates(folder) + moments.randint(0, 32)
+            while updates(folder) < goal and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                time.sleep(moments.uniform(0.0005, 0.003))
             os.kill(child, signal.SIGKILL)
         _, ended = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(ended)
