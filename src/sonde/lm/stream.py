@@ -178,7 +178,7 @@ def gather_states(state: Any) -> list[Any]:
         dist.init_process_group("gloo")
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.safetensors"
+        path = Path(folder) / "mine"
         save_bundle(path, state)
         mine = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).to(device)
         size = torch.tensor([len(mine)], device=device)
@@ -190,7 +190,8 @@ def gather_states(state: Any) -> list[Any]:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         states = []
-        for part, size in zip(parts, sizes, strict=True):
+        for rank, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+            path = Path(folder) / str(rank)  # one file each: loaded tensors may be views of it
             path.write_bytes(part[: int(size)].cpu().numpy().tobytes())
             states.append(load_bundle(path))
     return states
