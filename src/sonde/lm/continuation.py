@@ -71,6 +71,14 @@ class Continuation:
                 * bool(self.failure)
             )
 
+    def require_mask(self, name: str) -> None:
+        """Raise `SondeError` where pads would leak into real tokens."""
+        if self.ignores_mask:
+            raise SondeError(
+                f"{name} lets pads leak into real tokens (error {self.padding:.1e} of the logits' scale, allowed:"
+                f" {self.tolerance:.0e}): put rows of equal length into a batch"
+            )
+
 
 def continue_from(
     model: PreTrainedModel,
@@ -203,7 +211,7 @@ def measure(model: PreTrainedModel) -> Continuation:
     padded, mask = _left_padded(model, tokens)
     failures: list[str] = []
     states = None
-    with _unhooked(model):
+    with unhooked(model):
         plain = {"use_cache": False} if "use_cache" in _parameters(type(model)) else {}
         whole = model(input_ids=tokens, **plain).logits
         after = whole[:, PREFIX:]
@@ -296,7 +304,7 @@ def _parameters(kind: type) -> frozenset[str]:
 
 
 @contextmanager
-def _unhooked(model: PreTrainedModel) -> Iterator[None]:
+def unhooked(model: PreTrainedModel) -> Iterator[None]:
     """Run the model without anybody's hooks: measurements are of the model as it is, also inside an edit."""
     kept = [(module, module._forward_hooks, module._forward_pre_hooks) for module in model.modules()]
     for module, _, _ in kept:
