@@ -1,0 +1,99 @@
+"""Linear systems with a covariance on the left, solved to a stated accuracy, and what its eigenvalues say.
+
+A x = b by Cholesky where A is positive definite to working precision and the residual confirms it; else by the
+eigendecomposition with eigenvalues below rtol * largest dropped, which gives the least-norm solution. Ridge regression
+solves (S_xx + lam tr(S_xx) / d I) W = S_xy, so that `lam` is a share of the mean variance and does not depend on units.
+Effective rank = exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_SYMMETRIC = 1e-6  # largest |A - Aᵀ| relative to |A| that is taken for rounding
+
+
+def solve_spd(
+    a: Float[Tensor, "... d d"], b: Float[Tensor, "... d k"], *, rtol: float = 1e-10
+) -> Float[Tensor, "... d k"]:
+    """Solve A x = b for symmetric positive semi-definite A, singular or not, in float64.
+
+    The result satisfies `|A x - b| <= rtol (|A| |x| + |b|)` where b lies in the span of A; otherwise it is the
+    least-squares solution of least norm with eigenvalues below `rtol` of the largest taken for zero. Raises
+    `ValueError` for shapes that do not fit, for an A that is not symmetric or has an eigenvalue clearly below 0 and
+    for values that are not finite.
+    """
+    a, b = _symmetric(a), b.double()
+    if b.shape[:-1] != a.shape[:-1]:
+        raise ValueError(f"a right-hand side of shape {tuple(b.shape)} for matrices of shape {tuple(a.shape)}")
+    if not b.isfinite().all():
+        raise ValueError("the right-hand side holds nan or infinity")
+    factor, failed = torch.linalg.cholesky_ex(a)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    # a pivot far below the largest means a condition number that float64 cannot solve to rtol
+    singular = (failed > 0) | (pivots.amin(-1) ** 2 <= rtol * pivots.amax(-1) ** 2)
+    x = torch.cholesky_solve(b, torch.where(singular[..., None, None], torch.eye(a.shape[-1]).to(a), factor))
+    residual = torch.linalg.matrix_norm(a @ x - b)
+    allowed = rtol * (torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(x) + torch.linalg.matrix_norm(b))
+    poor = singular | ~(residual <= allowed)
+    if poor.any():
+        values, vectors = _eigen(a[poor], rtol)
+        inverse = torch.where(values > rtol * values[..., -1:], 1 / values.clamp(min=torch.finfo(values.dtype).tiny), 0)
+        x[poor] = vectors @ (inverse[..., None] * (vectors.mT @ b[poor]))
+    return x
+
+
+def ridge(xx: Float[Tensor, "... d d"], xy: Float[Tensor, "... d k"], *, lam: float = 1e-4) -> Float[Tensor, "... d k"]:
+    """Coefficients W of y ≈ x W from the scatters (or covariances) of centred data, shrunk by `lam` mean variances.
+
+    Raises `ValueError` for a negative `lam` and as `solve_spd` does.
+    """
+    if lam < 0:
+        raise ValueError(f"lam is {lam}: expected 0 or more")
+    xx = _symmetric(xx)
+    mean_variance = xx.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    return solve_spd(xx + lam * mean_variance * torch.eye(xx.shape[-1]).to(xx), xy)
+
+
+def spectrum(a: Float[Tensor, "... d d"]) -> Float[Tensor, "... d"]:
+    """Eigenvalues of a symmetric positive semi-definite matrix, largest first, in float64; rounding below 0 becomes 0.
+
+    Raises `ValueError` as `solve_spd` does.
+    """
+    return _eigen(_symmetric(a), 1e-10)[0].flip(-1).clamp(min=0)
+
+
+def effective_rank(a: Float[Tensor, "... d d"]) -> Float[Tensor, "..."]:
+    """Number of directions that share the variance, between 1 and d; nan for a matrix of zeros."""
+    values = spectrum(a)
+    return torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
+
+
+def symmetric_power(a: Float[Tensor, "... d d"], exponent: float, *, rtol: float = 1e-10) -> Float[Tensor, "... d d"]:
+    """A to a real power on its span: 1/2 colours, -1/2 whitens, -1 is the pseudo-inverse; in float64.
+
+    Eigenvalues below `rtol` of the largest are taken for zero and stay zero. Raises `ValueError` as `solve_spd` does.
+    """
+    values, vectors = _eigen(_symmetric(a), rtol)
+    kept = values > rtol * values[..., -1:]
+    powers = torch.where(kept, torch.where(kept, values, 1) ** exponent, 0)
+    return (vectors * powers[..., None, :]) @ vectors.mT
+
+
+def _eigen(a: Tensor, rtol: float) -> tuple[Float[Tensor, "... d"], Float[Tensor, "... d d"]]:
+    values, vectors = torch.linalg.eigh(a)
+    largest = values.abs().amax(-1)
+    if (values[..., 0] < -max(rtol, _SYMMETRIC) * largest).any():
+        raise ValueError(f"an eigenvalue of {values[..., 0].min():.3g} beside {largest.max():.3g}: not a covariance")
+    return values, vectors
+
+
+def _symmetric(a: Tensor) -> Float[Tensor, "... d d"]:
+    if a.ndim < 2 or a.shape[-1] != a.shape[-2]:
+        raise ValueError(f"a matrix of shape {tuple(a.shape)}: expected a square one")
+    a = a.double()
+    if not a.isfinite().all():
+        raise ValueError("the matrix holds nan or infinity")
+    if (a - a.mT).abs().max() > _SYMMETRIC * a.abs().max():
+        raise ValueError(f"the matrix is not symmetric: entries differ by up to {(a - a.mT).abs().max():.3g}")
+    return (a + a.mT) / 2
