@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from sonde.data.python_docs import topics
 from sonde.data.text import documents
@@ -251,6 +251,27 @@ def test_where_the_tokenizer_opens_texts_every_row_is_opened_and_every_token_of_
         assert flat(row[1:] for row in rows) == whole[: len(whole) // 31 * 31]
     else:
         assert batches.n_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_a_tokenizer_that_does_not_say_where_tokens_are_shares_the_bytes_evenly():
+    class Characters(PreTrainedTokenizer):
+        vocab_size = 128
+
+        def get_vocab(self):
+            return {chr(i): i for i in range(128)}
+
+        def _tokenize(self, text, **kwargs):
+            return [c if ord(c) < 128 else "?" for c in text]
+
+        def _convert_token_to_id(self, token):
+            return ord(token)
+
+        def _convert_id_to_token(self, index):
+            return chr(index)
+
+    batches = TokenBatches(["plain words", "schöne Wörter"], Characters(), context=64, join=False)
+    assert batches.n_tokens == 11 + 13 - 2
+    assert batches.n_bytes == 11 + 15 - 2
 
 
 def test_long_documents_raise_no_warning_and_leave_the_tokenizer_as_it_was(caplog):

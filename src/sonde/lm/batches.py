@@ -275,7 +275,9 @@ def rank_and_world() -> tuple[int, int]:
     """Number of the process and number of processes, of torch.distributed or as torchrun set them; (0, 1) alone."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
 
 
 @dataclass(frozen=True)
