@@ -5,7 +5,7 @@ With x the normed hidden state, z = s (W_U x + b_U) the logits, p the target dis
     KL(p || softmax z) = -H(p) - s p·b_U - e·x + logsumexp(z)        d KL / d x = s softmax(z) W_U - e
 
 `e` and `H(p)` are computed once a batch and shared by all layers; of z only one chunk of tokens exists at a time, and
-its gradient is taken while it does. A soft-cap c tanh(z / c) bends z after the head, so that p enters elementwise: there
+its gradient is taken while it does. A soft-cap c tanh(z / c) bends z after the head, and p enters elementwise: there
 the chunk of p is made again from the final hidden state and the gradient is (q - p)(1 - tanh²) s W_U. Cross entropy is
 the case where p is one token.
 """
@@ -171,7 +171,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0][..., None], None, None, None
 
