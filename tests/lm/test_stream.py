@@ -237,7 +237,7 @@ def test_two_processes_end_with_what_one_process_finds(lm, batches, tmp_path):
     subprocess.run(
         [sys.executable, *command, str(port), str(tmp_path / "two.py"), str(tmp_path)],
         check=True,
-        timeout=120,
+        timeout=400,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )
     alone = Seen("resid_post.1")
