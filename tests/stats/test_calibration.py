@@ -76,6 +76,10 @@ def test_tensors_are_taken():
     assert ece(torch.from_numpy(p), torch.from_numpy(y)) == ece(p, y)
 
 
+def test_a_softmax_rounded_above_one_counts_as_one():
+    assert ece([1 + 1e-7], [1]) == 0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

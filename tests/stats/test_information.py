@@ -25,7 +25,7 @@ from sonde.stats.information import (
 )
 
 pairs = st.integers(2, 12).flatmap(lambda v: hnp.arrays(np.float64, (2, 3, v), elements=st.floats(-30, 30)))
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=40, deadline=None)
 
 
 def logs(logits):

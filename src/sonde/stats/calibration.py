@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from sonde.stats.intervals import Interval, wilson
 
 _MOST_BINS = 2000
+_ROUNDING = 1e-6  # a softmax in float32 may end this far above 1
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def _answers(
     )
     if p.ndim != 1 or p.shape != y.shape or not len(p):
         raise ValueError(f"confidences of shape {p.shape} and answers of shape {y.shape}: expected one of each, [n]")
-    if not ((p >= 0) & (p <= 1)).all():
+    if not ((p >= 0) & (p <= 1 + _ROUNDING)).all():
         raise ValueError(f"confidences from {p.min()} to {p.max()}: expected probabilities")
     if not np.isin(y, (0, 1)).all():
         raise ValueError("answers must be 0 (wrong) or 1 (correct)")
     order = np.argsort(p, kind="stable")
-    return p[order], y[order]
+    return p[order].clip(max=1), y[order]
