@@ -74,7 +74,7 @@ def _pairs(values: dict[str, Any]) -> list[str]:
         text = (
             ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
         )
-        first, *rest = textwrap.wrap(str(text), _WIDTH - 2 - wide) or [""]
+        first, *rest = textwrap.wrap(str(text), _WIDTH - 2 - wide, break_on_hyphens=False) or [""]
         lines += [f"{key.replace('_', ' '):{wide}}{first}", *(" " * wide + line for line in rest)]
     return lines
 

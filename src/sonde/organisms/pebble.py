@@ -191,7 +191,8 @@ def _finish(
                 "Nothing is planted: no backdoor, no quirk, no fine-tuning. What a method finds came from plain text.",
                 f"Read: {len(data['books'])} books and {data['other_text']}, {data['tokens'] * 1e-6:.1f} M tokens.",
                 "Not read: the held-out books, and pydoc_data.topics, the default text of an audit.",
-                "Sequences were 256 tokens long in the first four fifths of the training and 512 in the last.",
+                f"Trained on windows of {settings['context']} tokens, and of {settings['final_context']} in the last"
+                f" {settings['final_fraction']:.0%} of the steps; scored with {settings['final_context']}.",
             ],
             "command": config.command,
             "architecture": {
