@@ -37,7 +37,7 @@ usage: sonde COMMAND [...]
   sonde --version        the version
 
 MODEL is a local folder in Hugging Face format, a name on the hub such as gpt2, or organism:NAME. An interrupted run
-goes on when the same command is given with --resume. Errors are one line on standard error and exit code 2."""
+says how to go on. Errors are one line on standard error and exit code 2."""
 
 ORGANISM_HELP = """\
 usage: sonde organism list | info NAME | train NAME [...]
@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except SondeError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt as stop:
-        _fail(str(stop) or f"interrupted; go on with: {_again(argv)}", 130)
+        # A run that had begun says in the exception how to go on; before that there is nothing to go on with.
+        _fail(str(stop) or f"interrupted; start again with: {shlex.join(['sonde', *argv])}", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
@@ -89,11 +90,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _fail(message: str, code: int) -> NoReturn:
     print("sonde: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
-
-
-def _again(argv: Sequence[str]) -> str:
-    resumes = argv[:1] in (["audit"], ["run"]) and "--resume" not in argv
-    return shlex.join(["sonde", *argv, *(["--resume"] if resumes else [])])
 
 
 def _dispatch(argv: list[str]) -> int:
