@@ -32,6 +32,7 @@ from sonde.lm.state import Cache, HeldCache, RwkvCache, cache_of, held_cache
 
 Mode = Literal["chunk", "step", "none"]
 PREFIX, SUFFIX, PADS = 4, 4, 3
+DEAF = 0.3
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,11 @@ class Continuation:
     """How a model continues from its cache, with the measured errors relative to the logits' scale.
 
     `one`, `step` and `chunk` compare a split run with the whole run: one token after the prefix, four in turn, four in
-    one call. `states` compares a chunk with stepping after the states were replaced (None: the model only has keys and
-    values). `padding` compares rows with pads to the left, masked, with rows without.
+    one call. `states` compares one call with stepping after states were replaced, over what replacing them changes: 0
+    where it reacts as stepping does, 1 where it does not see them, None where there are only keys and values. `padding`
+    compares rows with masked pads to the left with rows without. `tolerance` is what rounding explains: 1e-4 in
+    float32; in half precision up to eight units, but no more than three times what stepping shows. `failure` is the
+    first exception that the model raised on the way.
     """
 
     mode: Mode
@@ -169,13 +173,8 @@ def _one_rwkv_token(model: PreTrainedModel, kwargs: dict[str, Any], cache: Cache
     if cache is None:
         tokens, embedding = kwargs["input_ids"], model.get_input_embeddings().weight
         zeros = embedding.new_zeros(len(tokens), embedding.shape[1], model.config.num_hidden_layers)  # type: ignore[operator]
-        native = [
-            zeros,
-            zeros.clone(),
-            zeros.float(),
-            zeros.float(),
-            torch.full_like(zeros, -1e30, dtype=torch.float32),
-        ]
+        sums = [torch.full_like(zeros, fill, dtype=torch.float32) for fill in (0.0, 0.0, -1e30)]
+        native = [zeros, zeros.clone(), *sums]
     else:
         native = list(cache.native)
     out = model(**kwargs, state=[*(_Shift(state) for state in native[:2]), *native[2:]])
@@ -219,24 +218,34 @@ def measure(model: PreTrainedModel) -> Continuation:
             cache = call(model, prefix)[1]
             stepped = _stepped(model, suffix, cache.clone())
             split = _attempt(lambda: call(model, suffix, cache=cache.clone())[0], failures)
-            if cache.recurs:
-                other = disturbed(cache)
-                true = _stepped(model, suffix[:, :2], other.clone())
-                states = difference(_attempt(lambda: call(model, suffix[:, :2], cache=other)[0], failures), true)
-            one, step, chunk = (
-                difference(stepped[:, :1], after[:, :1]),
-                difference(stepped, after),
-                difference(split, after),
-            )
+            one, step = difference(stepped[:, :1], after[:, :1]), difference(stepped, after)
+            chunk = difference(split, after)
+            states = max((_deafness(model, suffix[:, :2], cache, part) for part in _recurring(cache)), default=None)
         except Exception as error:  # whatever the code of a family raises, it cannot be continued
             failures.append(f"{type(error).__name__}: {error}")
             one = step = chunk = math.inf
         padding = difference(_attempt(lambda: call(model, padded, mask=mask)[0][:, PADS:], failures), whole)
     eps = torch.finfo(model.dtype).eps
     allowed = max(1e-4, 2 * eps, min(3 * max(one, step), 8 * eps))
-    right = {"chunk": max(one, chunk, states or 0.0), "step": max(one, step)}
-    mode: Mode = "chunk" if right["chunk"] <= allowed else "step" if right["step"] <= allowed else "none"
+    chunks = max(one, chunk) <= allowed and (states is None or states <= DEAF)
+    mode: Mode = "chunk" if chunks else "step" if max(one, step) <= allowed else "none"
     return Continuation(mode, one, step, chunk, states, padding, allowed, failures[0] if failures else "")
+
+
+def _deafness(model: PreTrainedModel, tokens: Tensor, cache: Cache, part: str) -> float:
+    """How far one call for `tokens` is from stepping after `part` was replaced, over what replacing it changes.
+
+    A call that takes the part as zero is off by about 1, however little the part matters at these weights.
+    """
+    other = disturbed(cache, part)
+    before, after = _stepped(model, tokens, cache.clone()), _stepped(model, tokens, other.clone())
+    error = difference(_attempt(lambda: call(model, tokens, cache=other)[0], []), after)
+    change = difference(before, after)
+    return error / change if change else math.inf if error else 0.0
+
+
+def _recurring(cache: Cache) -> list[str]:
+    return sorted({part for layer in range(cache.n_layers) for part in cache.parts(layer)} - {"kv"})
 
 
 def _attempt(run: Callable[[], Tensor], failures: list[str]) -> Tensor | None:

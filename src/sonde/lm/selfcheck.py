@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sonde.errors import SondeError
 from sonde.lm.continuation import (
+    DEAF,
     Continuation,
     call,
     continuation,
@@ -104,8 +105,8 @@ class Check:
         """What was measured and worked around, or does not hold without being an error."""
         how, notes = self.continuation, []
         if how.mode == "step":
-            wrong = max(how.chunk, how.states or 0.0)
-            notes.append(f"several tokens after a cache run one by one: in one call they differ by {_number(wrong)}")
+            deaf = f" and a state edit loses {_number(how.states)} of its effect" if how.states else ""
+            notes.append(f"tokens after a cache run one by one: in one call they differ by {_number(how.chunk)}{deaf}")
         if self.parts is None:
             notes.append("the blocks' parts cannot be read one by one")
         elif not self.parts <= self.tolerance:
@@ -130,7 +131,7 @@ class Check:
             _row("4 tokens after the cache, in one call = whole run", how.chunk, how.tolerance),
         ]
         if how.states is not None:
-            rows.append(_row("one call = one by one after a state edit", how.states, how.tolerance))
+            rows.append(_row("a state edit acts in one call as one by one", how.states, DEAF))
         if self.clone is not None:
             rows.append(_row("a cloned cache is independent", self.clone, self.tolerance))
         rows += [
