@@ -1,10 +1,14 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from sonde.organisms.held_out import token_nats
+from sonde.organisms.held_out import score, token_nats
+from sonde.organisms.small_lm import train_tokenizer
+from sonde.stats.ngram import NgramModel
 
 CONTEXT = 16
 
@@ -35,3 +39,17 @@ def test_every_token_is_scored_once_with_at_least_half_a_context_before_it(model
             logits = model(torch.tensor(ids[start:place])[None]).logits[0, -1]
         want = F.cross_entropy(logits, torch.tensor(ids[place])).item()
         assert got[place - 1] == pytest.approx(want, abs=1e-5)
+
+
+def test_a_model_that_knows_nothing_pays_log2_of_the_vocabulary_for_every_token(model):
+    documents = ["the wolf looked at the fire again and again", "naïve café"]
+    tokenizer = train_tokenizer(documents, vocab_size=280)
+    vocabulary = len(tokenizer)
+    blank = GPTNeoXForCausalLM(GPTNeoXConfig(**{**model.config.to_dict(), "vocab_size": vocabulary})).eval()
+    torch.nn.init.zeros_(blank.get_output_embeddings().weight)
+    ngram = NgramModel.fit([tokenizer(text)["input_ids"] for text in documents], vocab_size=vocabulary)
+    found = score("both", documents, model=blank, tokenizer=tokenizer, ngram=ngram)
+    assert found.bytes == sum(len(text.encode()) for text in documents)
+    assert found.model.estimate == pytest.approx(math.log2(vocabulary) * found.tokens / found.bytes, rel=1e-5)
+    assert found.gain.estimate == pytest.approx(found.ngram.estimate - found.model.estimate)
+    assert found.gain.high < 0
