@@ -4,8 +4,10 @@ Weights come from safetensors. A pickle runs code when it is opened, so it is re
 that the checkpoint lacks would be random, so it is an error and not a warning.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from sonde.lm.model import LanguageModel
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+_SMALL_BYTES = 500_000_000
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -129,7 +132,8 @@ def _config(name: str, label: str, options: dict[str, Any]) -> Any:
     if not known or encodes:
         named = ", ".join(architectures) or "no architecture named"
         raise SondeError(
-            f"{label} is not a causal language model ({config.model_type}: {named}): Sonde reads decoders that predict the next token"
+            f"{label} is not a causal language model ({config.model_type}: {named}):"
+            " Sonde reads decoders that predict the next token"
         )
     return config
 
@@ -149,14 +153,16 @@ def _weights(
     if options["local_files_only"]:
         _refuse_pickle(Path(name), label, allow_pickle)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-            **options,
-        )
+        with _progress_only_if_slow(name):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                **options,
+            )
+        model, info = loaded
     except SafetensorError as error:
         raise SondeError(
             f"{label}: the safetensors file is damaged ({_first_line(error)}): fetch or save it again"
@@ -174,6 +180,22 @@ def _weights(
         # first forward pass. The logits do not depend on it; activations, and weights that others hold, do.
         model.config.rescale_every = 0
     return model
+
+
+@contextlib.contextmanager
+def _progress_only_if_slow(name: str) -> Iterator[None]:
+    """No progress bar of transformers for a folder that loads in no time."""
+    from transformers.utils import logging
+
+    small = Path(name).is_dir() and sum(path.stat().st_size for path in Path(name).iterdir()) < _SMALL_BYTES
+    if not (small and logging.is_progress_bar_enabled()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _refuse_pickle(folder: Path, label: str, allow_pickle: bool) -> None:

@@ -282,7 +282,7 @@ class LanguageModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
-        return self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """The text of each token alone."""

@@ -170,6 +170,7 @@ def _read(audit: "Audit", parts: "list[Part]") -> None:
 def _report(audit: "Audit", text: Any, parts: "list[Part]", failures: dict[str, str]) -> Path:
     """Write chapters, tables, charts and the page."""
     import sonde
+    from sonde.data.text import describe
     from sonde.runs.blocks import Appendix, Chapter, Figure, Header, Table
     from sonde.runs.report import write_report
 
@@ -194,7 +195,7 @@ def _report(audit: "Audit", text: Any, parts: "list[Part]", failures: dict[str, 
         created=run.created,
         model_hash=lm.hash,
         params=lm.n_parameters,
-        text=str(text),
+        text=describe(audit.config.text),
         tokens=text.n_tokens,
         text_hash=text.hash,
         seed=run.seed,

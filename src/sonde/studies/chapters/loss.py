@@ -23,6 +23,7 @@ from sonde.studies.chapters.part import NGRAM_ORDER, Audit, Gathered, Part
 _WORST = 20
 _CONTEXT_SHOWN = 10
 _FIRST_BIN = 4
+_EARLY = 32
 _NGRAM = f"{NGRAM_ORDER}-gram of the other half"
 
 
@@ -75,7 +76,7 @@ class Loss(Part):
         loss = self._loss_finding(ours, theirs)
         calibration, reliable = self._calibration()
         findings, figures = [loss, calibration], [reliable]
-        if bits.shape[1] >= 4 * _FIRST_BIN:
+        if bits.shape[1] >= 4 * _EARLY:
             context, by_position = self._context(bits, baseline)
             findings.append(context)
             figures.insert(0, by_position)
@@ -173,7 +174,7 @@ class Loss(Part):
 
     def _context(self, bits: np.ndarray, baseline: np.ndarray) -> tuple[Finding, Figure]:
         edges = _bins(bits.shape[1])
-        early, late = (edges[0], edges[1]), (edges[-2], edges[-1])
+        early, late = (0, _EARLY), (edges[-2], edges[-1])
         gain, control = (_gain(values, early, late, self.audit.config.seed) for values in (bits, baseline))
         helps = gain.low > control.high
         finding = Finding(
