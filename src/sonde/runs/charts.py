@@ -30,7 +30,6 @@ def theme() -> dict[str, Any]:
     """The Vega-Lite config of every chart."""
     return {
         "font": FONT,
-        "aria": False,
         "background": None,
         "view": {"stroke": None},
         "axis": {
@@ -48,7 +47,13 @@ def theme() -> dict[str, Any]:
             "ticks": False,
             "labelOverlap": "greedy",
         },
-        "axisX": {"grid": False, "tickCount": 8, "domainColor": "var(--ctl)"},
+        "axisX": {
+            "grid": False,
+            "tickCount": 8,
+            "labelFlush": False,
+            "labelSeparation": 8,
+            "domainColor": "var(--ctl)",
+        },
         "axisY": {
             "tickCount": 5,
             "domain": False,

@@ -57,7 +57,7 @@
   const refuse = () => Promise.reject(new Error("a report loads nothing"));
   const hydrate = async (figure) => {
     try {
-      const embed = await start(), spec = parsed(".spec", figure), host = make("div");
+      const embed = await start(), spec = parsed(".spec", figure), host = make("div", { "aria-hidden": "true" });
       delete spec.title;
       const picture = $(".picture", figure);
       picture.append(host);

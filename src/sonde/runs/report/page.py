@@ -137,6 +137,8 @@ def _figure(figure: Figure) -> dict[str, Any]:
     untitled = {key: value for key, value in made.items() if key != "title"}
     picture = charts.svg(untitled)
     width, height = (float(size) for size in re.findall(r'(?:width|height)="([\d.]+)"', picture)[:2])
+    # The picture as a whole has a name; roles of its parts would be read out one by one.
+    picture = re.sub(r' (?:role|aria-\w+)="[^"]*"', "", picture)
     picture = re.sub(r"^<svg [^>]*>", f'<svg class="static" viewBox="0 0 {width:g} {height:g}">', picture)
     return {
         "kind": "figure",
@@ -214,14 +216,7 @@ def _packed_csv(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _token_view(view: TokenView) -> dict[str, Any]:
     header, payload = coding.encode(view)
     classes = coding.first_colours(view)
-    spans = Markup("").join(
-        Markup('<span class="{}"{}>{}</span>').format(
-            colour,
-            Markup(' aria-label="{}"').format(token_text.name(text)) if token_text.name(text) else "",
-            token_text.passage_text(text),
-        )
-        for text, colour in zip(view.tokens, classes, strict=True)
-    )
+    spans = Markup("").join(_span(text, colour) for text, colour in zip(view.tokens, classes, strict=True))
     return {
         "kind": "token view",
         "id": view.id,
@@ -234,6 +229,16 @@ def _token_view(view: TokenView) -> dict[str, Any]:
         "sites": header["sites"],
         "start": header["start"],
     }
+
+
+def _span(text: str, colour: str) -> Markup:
+    """A token of the passage. Lines break before its leading space, never after it, so that a token stays one box."""
+    name, shown = token_text.name(text), token_text.passage_text(text)
+    word = shown.lstrip(" ")
+    start = Markup("\u200b") if len(word) < len(shown) else Markup("")
+    label = Markup(' aria-label="{}"').format(name) if name else ""
+    shown = "\u00a0" * (len(shown) - len(word)) + word
+    return start + Markup('<span class="{}"{}>{}</span>').format(colour, label, shown)
 
 
 def _appendix(appendix: Appendix) -> dict[str, Any]:

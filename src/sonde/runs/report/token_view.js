@@ -84,7 +84,7 @@
 
     // Panel
     const caption = make("caption");
-    const heads = ["layer", "", ...(data.ranks ? ["rank of true"] : []), ...Array.from({ length: K }, (_, k) => (k ? `${k + 1}` : "top 1"))];
+    const heads = ["layer", "", ...(data.ranks ? ["rank"] : []), ...Array.from({ length: K }, (_, k) => (k ? `${k + 1}` : "top 1"))];
     const headCells = heads.map((text, i) => make("th", { scope: "col", class: i === 1 || (data.ranks && i === 2) ? "num" : false }, text));
     const body = make("tbody");
     const lines = Array.from({ length: L }, (_, l) => {
@@ -96,7 +96,7 @@
     body.append(...lines.map((line) => line.row).reverse());
     const panel = make("div", { class: "panel" }, make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `${root.querySelector("h3").firstChild.textContent.trim()}: predictions` },
       make("table", {}, caption, make("thead", {}, make("tr", {}, ...headCells)), body)));
-    rest.append(panel, make("p", { class: "keys" }, `Point at a token or tap it. Keys in the passage: ← → token, Page Up and Down 20 tokens${L > 1 ? ", ↑ ↓ layer" : ""}, Enter keeps it, Esc lets go.`));
+    rest.append(panel, make("p", { class: "keys" }, `Point at a token or tap it. Keys in the passage: ← → token, Page Up and Down 20 tokens${L > 1 ? ", ↑ ↓ layer" : ""}, Enter keeps it, Esc lets go.${K ? " Bold and underlined: the token that followed; rank: its place in the prediction." : ""}`));
 
     const paint = (canvas, from, to, top) => {
       const pixels = new ImageData(to - from, top.length), stops = stats[stat].scale === "diverging" ? TWO_SIDED : CIVIDIS;
