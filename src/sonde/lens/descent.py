@@ -24,7 +24,9 @@ from sonde.lens.fused import Readout, Target, divergence
 from sonde.lens.tuned import TunedLens
 from sonde.nets.muon import Muon
 from sonde.stats.moments import Moments
+from sonde.stats.solve import ridge
 
+Decode = Callable[[Float[Tensor, "layers n d_model"]], Float[Tensor, "layers m d_head"]]
 Trainer = Literal["ridge+muon", "ridge+adam", "ridge", "muon", "adam", "sgd"]
 _RATES = {"muon": 0.2, "adam": 1e-2, "sgd": 0.1, "ridge": 0.0}
 _DECAYS = {"muon": 5e-4, "adam": 0.0, "sgd": 1e-3, "ridge": 0.0}
@@ -99,17 +101,16 @@ class LensTraining:
 class Descent:
     """Gradient steps on the translators of a lens, with held-out evaluation; tensors in, no model."""
 
-    def __init__(self, lens: TunedLens, readout: Readout, settings: LensTraining) -> None:
+    def __init__(self, lens: TunedLens, readout: Readout, settings: LensTraining, *, slow_down: float = 1.0) -> None:
         self.lens, self.readout, self.settings = lens, readout, settings
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.held: tuple[Tensor, Target] | None = None
         self._stale = 0
-        self._decode: Callable[[Tensor], Tensor] = readout.normed
         self._best = {name: p.detach().clone() for name, p in lens.named_parameters()}
         self.best: Float[Tensor, " layers"] = torch.full((len(lens),), float("inf"), dtype=torch.float64)
         self._optimizers = _optimizers(lens, settings)
-        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
+        self._rates = [[group["lr"] * slow_down for group in o.param_groups] for o in self._optimizers]
 
     @property
     def evaluations(self) -> int:
@@ -137,14 +138,24 @@ class Descent:
         self,
         hidden: Float[Tensor, "layers n d_model"],
         target: Target,
-        decode: Callable[[Float[Tensor, "layers n d_model"]], Float[Tensor, "layers n d_head"]] | None = None,
+        decode: Decode | None = None,
     ) -> Float[Tensor, " layers"]:
         """Mean over tokens of the divergence, by layer. `decode` leads from translated states to the head."""
         normed = (decode or self.readout.normed)(self.lens.translate_all(hidden))
         return divergence(normed, target, self.readout).mean(-1)
 
-    def descend(self, hidden: Float[Tensor, "layers n d_model"], target: Target, decode: Any = None) -> None:
-        """One step. Raises `SondeError` when the loss is not finite."""
+    def descend(
+        self,
+        hidden: Float[Tensor, "layers n d_model"],
+        target: Target,
+        decode: Decode | None = None,
+        *,
+        evaluate: Callable[[], Float[Tensor, " layers"]] | None = None,
+    ) -> None:
+        """One step. Raises `SondeError` when the loss is not finite.
+
+        `evaluate` gives the held-out loss where it is not that of the tokens of `hold_out`.
+        """
         for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - self.step / self.settings.n_steps)
@@ -160,7 +171,7 @@ class Descent:
             optimizer.step()
         self.step += 1
         if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.n_steps:
-            self.evaluate()
+            self.evaluate(None if evaluate is None else evaluate())
 
     @torch.no_grad()
     def evaluate(self, held_out_loss: Float[Tensor, " layers"] | None = None) -> None:
@@ -210,23 +221,19 @@ class Descent:
 
 
 def ridge_translators(
-    moments: list[Moments], ridge: float, *, kind: str = "tuned"
+    moments: list[Moments], strength: float, *, kind: str = "tuned"
 ) -> tuple[Float[Tensor, "layers d d"], Float[Tensor, "layers d"]]:
     """A and b of each layer that minimise |r - A h - b|² + λ n |A|², from moments of h and of r = final - h beside it.
 
-    λ is `ridge` times the mean variance of h's dimensions. For the kind "bias", A is 0 and b the mean of r.
+    λ is `strength` times the mean variance of h's dimensions. For the kind "bias", A is 0 and b the mean of r.
     """
-    weights, biases = [], []
-    for moment in moments:
-        scatter = moment.scatter
-        strength = ridge * scatter.diagonal().mean()
-        eye = torch.eye(moment.dim, dtype=scatter.dtype, device=scatter.device)
-        weight = torch.zeros_like(scatter)
-        if kind == "tuned":
-            weight = torch.linalg.solve(scatter + strength * eye, moment.cross_scatter).T
-        weights.append(weight)
-        biases.append(moment.other_mean - weight @ moment.mean)
-    return torch.stack(weights), torch.stack(biases)
+    mean = torch.stack([moment.mean for moment in moments])
+    shift = torch.stack([moment.other_mean for moment in moments])
+    scatter = torch.stack([moment.scatter for moment in moments])
+    if kind == "bias":
+        return torch.zeros_like(scatter), shift
+    weight = ridge(scatter, torch.stack([moment.cross_scatter for moment in moments]), lam=strength).mT
+    return weight, shift - (weight @ mean[..., None]).squeeze(-1)
 
 
 def shuffled(n: int, size: int, step: int, seed: int) -> Tensor:

@@ -145,6 +145,51 @@ def divergence(
     return _Divergence.apply(normed, target, readout, chunk)  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What one layer predicts at n tokens."""
+
+    kl: Float[Tensor, " n"]
+    cross_entropy: Float[Tensor, " n"]
+    top: Int[Tensor, " n"]
+    total: Float[Tensor, " vocab"]
+    """Sum of the predictions over tokens, float64."""
+
+
+@torch.no_grad()
+def read_layer(
+    normed: Float[Tensor, "n d_head"], target: Target, labels: Int[Tensor, " n"], readout: Readout
+) -> Reading:
+    """Score one layer in chunks, without gradients.
+
+    The cross entropy is to `labels`, and 0 where they are negative.
+    """
+    n = len(normed)
+    kl, ce = normed.new_empty(n), normed.new_empty(n)
+    top = labels.new_empty(n)
+    total = torch.zeros(readout.vocab_size, dtype=torch.float64, device=normed.device)
+    buffer = None
+    for part in readout.chunks(n):
+        x, here, label = normed[part], target[part], labels[part]
+        if buffer is None or len(buffer) != len(x):
+            buffer = normed.new_empty(len(x), readout.vocab_size)
+        z = readout.logits(x, out=buffer)
+        if here.pull is not None:
+            expected = torch.einsum("nd,nd->n", x, here.pull)
+        else:
+            assert here.final is not None
+            expected = torch.einsum("nv,nv->n", _softmax_(readout.logits(here.final))[0], z)
+        own = z.gather(-1, label.clamp(min=0)[:, None]).squeeze(-1)
+        highest, top[part] = z.max(-1)
+        q = z.sub_(highest[:, None]).exp_()
+        sums = q.sum(-1)
+        lse = highest + sums.log()
+        kl[part] = here.constant + lse - expected
+        ce[part] = torch.where(label >= 0, lse - own, 0)
+        total += (1 / sums) @ q
+    return Reading(kl, ce, top, total)
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, normed: Tensor, target: Target, readout: Readout, chunk: int | None) -> Tensor:
