@@ -115,6 +115,9 @@ def test_the_mode_and_the_leak_of_pads_are_measured(family):
             SondeError, match=r"pads leak into real tokens \(error .* put rows of equal length into a batch"
         ):
             how.require_mask(family)
+        mask = torch.arange(5).expand(2, 5) > 0
+        with pytest.raises(SondeError, match="pads leak into real tokens"):
+            continue_from(model(family), call(model(family), tokens(2, 4), mask=mask[:, :4])[1], tokens(2, 1), mask)
     else:
         how.require_mask(family)
 

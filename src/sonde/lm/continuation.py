@@ -101,6 +101,8 @@ def continue_from(
     """
     how = continuation(model)
     how.require(type(model).__name__)
+    if mask is not None and not bool(mask.all()):
+        how.require_mask(type(model).__name__)
     past = cache.length
     pieces = []
     for columns in how.columns(tokens.shape[1]):
