@@ -65,7 +65,7 @@ def test_every_number_of_a_finding_on_the_page_comes_from_findings_json(written)
         places = strip.decimals(finding["estimate"], *finding["interval"])
         low, high = (numbers.rounded(end, places) for end in finding["interval"])
         assert (
-            f"{numbers.rounded(finding['estimate'], places)} {finding['unit']}</b>, 95 % interval {low} to {high}"
+            f"{numbers.rounded(finding['estimate'], places)} {finding['unit']}</b>, 95\u00a0% interval {low} to {high}"
             in card
         )
         assert finding["control"]["name"] in card

@@ -118,7 +118,7 @@ def test_the_first_screen_shows_a_finding_with_interval_and_control(visit, size)
     numbers = page.locator(".finding .numbers").first
     box = numbers.bounding_box()
     assert box["y"] + box["height"] <= size["height"]
-    assert re.search(r"95 % interval .* to .*Control, 5-gram", numbers.inner_text().replace("\n", " "))
+    assert re.search(r"95\s% interval .* to .*Control, 5-gram", numbers.inner_text().replace("\n", " "))
 
 
 def test_the_passage_is_walked_with_keys_and_spoken(visit):

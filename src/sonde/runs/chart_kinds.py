@@ -51,7 +51,8 @@ def lines(
     looks = _looks(names, control)
     scale = _y_scale([row[f] for row in rows for f in (y, low, high) if f], log)
     field_x = alt.X(f"{x}:Q", title=x_title, axis=_position_axis(x_labels), scale=alt.Scale(zero=False, nice=False))
-    field_y = alt.Y(f"{y}:Q", title=y_title + (" (log scale)" if log else ""), scale=alt.Scale(**scale))
+    axis_y = alt.Axis(values=_log_ticks(*scale["domain"]), format="~g") if log else alt.Axis()
+    field_y = alt.Y(f"{y}:Q", title=y_title + (" (log scale)" if log else ""), scale=alt.Scale(**scale), axis=axis_y)
     colour = alt.Color(f"{series}:N", legend=None, scale=alt.Scale(domain=names, range=[look[0] for look in looks]))
     base = alt.Chart(alt.InlineData(values=[dict(row) for row in rows])).encode(x=field_x)
     layers = []
@@ -76,7 +77,7 @@ def lines(
         .encode(x=field_x, y=alt.Y("label_at:Q"), text=f"{series}:N", color=colour)
     )
     made = alt.layer(*layers).properties(title=alt.TitleParams(title, subtitle=subtitle))
-    return made.properties(padding={"left": 5, "top": 4, "bottom": 5, "right": 14 + 6.6 * max(map(len, names))})
+    return made.properties(padding={"left": 5, "top": 4, "bottom": 5, "right": 5})
 
 
 def intervals(
@@ -148,20 +149,18 @@ def bars(
     )
     field_y = alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=True))
     tips = _tooltips((x, y, low, high, control))
-    layers = [base.mark_rect(color="var(--accent)", opacity=0.75).encode(
+    layers = [base.mark_rect(color="var(--accent)", opacity=0.45).encode(
         x=field_x, x2="right:Q", y=field_y, y2="base:Q", tooltip=tips)]  # fmt: skip
     if low and high:
         layers.append(base.mark_rule(color="var(--ink)").encode(x=f"{x}:Q", y=alt.Y(f"{low}:Q"), y2=f"{high}:Q"))
-    right = 20.0
     if control:
         grey = base.mark_line(color="var(--ctl)", strokeDash=[6, 4]).encode(x=f"{x}:Q", y=alt.Y(f"{control}:Q"))
-        end = dict(max(rows, key=lambda row: row[x]))
-        named = alt.Chart(alt.InlineData(values=[end])).encode(x=f"{x}:Q", y=alt.Y(f"{control}:Q"))
-        named = named.mark_text(align="left", dx=14, color="var(--ctl)", text=control_name)
+        end = {"edge": span, control: max(rows, key=lambda row: row[x])[control]}
+        named = alt.Chart(alt.InlineData(values=[end])).encode(x="edge:Q", y=alt.Y(f"{control}:Q"))
+        named = named.mark_text(align="left", dx=6, color="var(--ctl)", text=control_name)
         layers += [grey, named]
-        right = 6.6 * len(control_name)
     made = alt.layer(*layers).properties(title=alt.TitleParams(title, subtitle=subtitle))
-    return made.properties(padding={"left": 5, "top": 4, "bottom": 5, "right": right})
+    return made.properties(padding={"left": 5, "top": 4, "bottom": 5, "right": 5})
 
 
 def points(
@@ -189,8 +188,8 @@ def points(
         line = [{x: 0.0, y: 0.0}, {x: top, y: top}]
         control = alt.Chart(alt.InlineData(values=line)).encode(x=field_x, y=field_y)
         layers.append(control.mark_line(color="var(--ctl)", strokeDash=[6, 4]))
-        name = alt.Chart(alt.InlineData(values=[{x: top * 0.5, y: top * 0.5}])).encode(x=field_x, y=field_y)
-        layers.append(name.mark_text(text=diagonal, align="left", dx=8, dy=10, color="var(--ctl)"))
+        end = alt.Chart(alt.InlineData(values=[line[1]])).encode(x=field_x, y=field_y)
+        layers.append(end.mark_text(text=diagonal, align="right", dx=-18, dy=-2, color="var(--ctl)"))
     if low and high:
         layers.append(base.mark_rule(color="var(--accent)", strokeWidth=4, opacity=0.35).encode(
             x=field_x, y=alt.Y(f"{low}:Q"), y2=f"{high}:Q"))  # fmt: skip
@@ -259,6 +258,14 @@ def _y_scale(values: Sequence[Any], log: bool) -> dict[str, Any]:
     step = 10 ** math.floor(math.log10((highest - lowest) or 1.0)) / 4
     domain = [math.floor(lowest / step) * step, math.ceil(highest * 1.02 / step) * step or 1.0]
     return {"domain": domain, "nice": False}
+
+
+def _log_ticks(lowest: float, highest: float) -> list[float]:
+    """1, 2 and 5 times powers of ten inside the domain; powers of ten alone where those would be many."""
+    powers = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
+    steps = (1,) if len(powers) > 4 else (1, 2, 5)
+    ticks = [float(f"{step}e{power}") for power in powers for step in steps]
+    return [tick for tick in ticks if lowest <= tick <= highest]
 
 
 def _line_ends(rows: Rows, x: str, y: str, series: str, names: Sequence[str], scale: Mapping[str, Any]) -> list[dict]:

@@ -99,12 +99,14 @@ def _statistic(view: TokenView, statistic: Statistic) -> tuple[dict[str, Any], n
     offset = 32767 if statistic.scale == "diverging" else 0
     with np.errstate(invalid="ignore"):
         coded = np.where(np.isfinite(values), np.clip(np.round(values / step) + offset, 0, 0xFFFE), 0xFFFF)
+    most = _maximum(statistic)
     described = {
         "name": statistic.name,
         "key": re.sub(r"[^a-z0-9]+", "-", statistic.name.lower()).strip("-") or "value",
         "unit": statistic.unit,
         "scale": statistic.scale,
-        "max": _maximum(statistic),
+        "max": most,
+        "beyond": largest > most * (1 + 1e-9),
         "step": step,
         "layered": values.ndim == 2,
     }

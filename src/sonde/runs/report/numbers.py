@@ -1,7 +1,10 @@
 """Numbers, times and sizes as people write them: few significant digits, thousands apart, a true minus sign."""
 
 import math
+import re
 from datetime import datetime
+
+_PER_CENT = re.compile(r"(?<=\d) %")
 
 
 def number(value: float | int | None, digits: int = 3) -> str:
@@ -27,6 +30,11 @@ def trimmed(value: float | int | None, digits: int = 3) -> str:
     """`number` without zeros at its end, for a number that stands alone: 0.5, 12."""
     text = number(value, digits)
     return text.rstrip("0").rstrip(".") if "." in text and "×" not in text else text
+
+
+def tied(text: str) -> str:
+    """`text` whose numbers stay on one line with their per cent sign."""
+    return _PER_CENT.sub("\u00a0%", text)
 
 
 def count(value: int) -> str:

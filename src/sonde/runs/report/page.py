@@ -103,6 +103,7 @@ def paragraphs(text: str) -> Markup:
 
 def linked(text: str) -> Markup:
     """Plain text as HTML in which web addresses are links."""
+    text = numbers.tied(text)
     made, at = Markup(""), 0
     for match in _WEB.finditer(text):
         made += escape(text[at : match.start()]) + Markup('<a href="{0}">{0}</a>').format(match[0])
@@ -313,6 +314,7 @@ def _environment() -> jinja2.Environment:
         number=numbers.number,
         trimmed=numbers.trimmed,
         count=numbers.count,
+        tied=numbers.tied,
         duration=numbers.duration,
         date=numbers.date,
         linked=linked,

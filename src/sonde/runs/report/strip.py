@@ -24,7 +24,7 @@ def view(finding: dict[str, Any]) -> dict[str, Any]:
     shown |= {
         "value": rounded(finding["estimate"], places) + unit,
         "range": f"{rounded(low, places)} to {rounded(high, places)}",
-        "level": f"{100 * finding['level']:g} %",
+        "level": f"{100 * finding['level']:g}\u00a0%",
         "method": _METHODS[finding["interval_method"]],
         "count": number(finding["n"]),
         "direction": _DIRECTIONS[finding["better"]],

@@ -10,12 +10,12 @@
     return a.map((value, c) => value + f * (b[c] - value));
   };
   const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : p >= 0.00995 ? (100 * p).toFixed(1) : p >= 0.001 ? (100 * p).toFixed(2) : "<0.1") + "%";
-  const figure3 = (value) => {
+  const figures = (value, whole) => { // three significant digits; counts as they are
     if (Number.isNaN(value)) return "–";
-    if (value === 0) return "0";
-    const text = Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3)));
+    const text = whole || Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value === 0 ? "0" : value.toPrecision(3);
     return text.replace("-", "−");
   };
+  const short = (value) => String(Number(value.toPrecision(3))).replace("-", "−");
 
   const unpack = (head, buffer) => {
     const bytes = new Uint8Array(buffer), { T, L, K } = head;
@@ -115,8 +115,8 @@
       span.className = step(stat, value(stat, shownLayer, t)) + kept;
     });
     const restat = () => {
-      const { name, scale, max, layered } = stats[stat], two = scale === "diverging", count = two ? 9 : 7;
-      const low = two ? `−${figure3(max)}` : "0", high = `${figure3(max)}${unit(stat)} or more`;
+      const { name, scale, max, layered, beyond } = stats[stat], two = scale === "diverging", count = two ? 9 : 7;
+      const low = two ? `−${short(max)}` : "0", high = `${short(max)}${unit(stat)}${beyond ? " or more" : ""}`;
       $(".of", legend).textContent = name; $(".low", legend).textContent = low; $(".high", legend).textContent = high;
       $(".steps", legend).replaceChildren(...Array.from({ length: count }, (_, i) => make("i", { class: scale[0] + i })));
       heatLow.textContent = low; heatHigh.textContent = high;
@@ -133,7 +133,7 @@
       for (let l = 0; l < L; l++) {
         const { row, cells } = lines[l], at = l * T + shownToken;
         row.classList.toggle("at", l === shownLayer);
-        cells[0].textContent = figure3(value(stat, l, shownToken));
+        cells[0].textContent = figures(value(stat, l, shownToken), stats[stat].step === 1);
         if (data.ranks) cells[1].textContent = data.ranks[at] ? (data.ranks[at] === 0xffff ? "≥ 65,535" : data.ranks[at].toLocaleString("en")) : "–";
         for (let k = 0; k < K; k++) {
           const cell = cells[1 + !!data.ranks + k], index = data.top[at * K + k];
@@ -150,7 +150,7 @@
       clearTimeout(spoken);
       spoken = setTimeout(() => {
         const at = shownLayer * T + shownToken, v = value(stat, shownLayer, shownToken), first = K ? data.top[at * K] : data.none;
-        const parts = [`Token ${shownToken + 1}, ${spokenName(data.tokens[shownToken])}. ${layerName(shownLayer)}: ${Number.isNaN(v) ? "no value" : figure3(v) + unit(stat)}.`];
+        const parts = [`Token ${shownToken + 1}, ${spokenName(data.tokens[shownToken])}. ${layerName(shownLayer)}: ${Number.isNaN(v) ? "no value" : figures(v, stats[stat].step === 1) + unit(stat)}.`];
         if (first !== data.none) parts.push(`Top: ${spokenName(first)} ${percent(2 ** (-data.log2p[at * K] / 2048)).replace("%", " percent").replace("<", "under ")}.`);
         if (data.ranks && data.ranks[at]) parts.push(`True token has rank ${data.ranks[at]}.`);
         live.textContent = parts.join(" ");
