@@ -102,7 +102,7 @@ def intervals(
 
     labels = [str(row[label]) for row in rows]
     placed = [{**row, "position": i} for i, row in enumerate(rows)]
-    field_y = alt.Y("position:Q", title=y_title, axis=_position_axis(labels, grid=False), scale=alt.Scale(
+    field_y = alt.Y("position:Q", title=y_title, axis=_position_axis(labels, rows=True), scale=alt.Scale(
         domain=[len(rows) - 0.5, -0.5], nice=False))  # fmt: skip
     base = alt.Chart(alt.InlineData(values=placed)).encode(y=field_y)
     field_x = alt.X(f"{value}:Q", title=x_title, scale=alt.Scale(zero=True))
@@ -228,7 +228,7 @@ def heat(
     legend = alt.Legend(orient="right", title=None, gradientLength=HEIGHT - 40, format=".2~g")
     field_x = alt.X("x1:Q", title=x_title, axis=_position_axis(x_labels), scale=alt.Scale(
         domain=[-0.5, len(x_labels) - 0.5], nice=False))  # fmt: skip
-    field_y = alt.Y("y1:Q", title=y_title, axis=_position_axis(y_labels, grid=False), scale=alt.Scale(
+    field_y = alt.Y("y1:Q", title=y_title, axis=_position_axis(y_labels, rows=True), scale=alt.Scale(
         domain=[-0.5, len(y_labels) - 0.5], nice=False))  # fmt: skip
     made = alt.Chart(alt.InlineData(values=placed)).mark_rect().encode(
         x=field_x, x2="x2:Q", y=field_y, y2="y2:Q", tooltip=_tooltips((x, y, value)),
@@ -290,17 +290,17 @@ def _line_ends(rows: Rows, x: str, y: str, series: str, names: Sequence[str], sc
     return [{**end, "label_at": back(end["label_at"])} for end in ends]
 
 
-def _position_axis(labels: Sequence[str] | None, grid: bool = False) -> Any:
+def _position_axis(labels: Sequence[str] | None, *, rows: bool = False) -> Any:
+    """An axis whose positions 0, 1, … have names: all of them on up to 16 rows, as many as fit elsewhere."""
     import altair as alt
 
     if labels is None:
         return alt.Axis(tickMinStep=1)
-    values = list(range(len(labels)))
     return alt.Axis(
-        values=values,
+        values=list(range(len(labels))),
         labelExpr=f"{json.dumps(list(labels))}[datum.value]",
-        grid=grid,
-        labelOverlap="greedy" if len(labels) > 14 else False,
+        grid=False,
+        labelOverlap="greedy" if not rows or len(labels) > 16 else False,
     )
 
 
