@@ -124,3 +124,11 @@ def test_both_themes_define_the_same_variables():
     assert LIGHT.keys() == DARK.keys()
     names = {theme: re.findall(r"--(\w+):", variables(theme)) for theme in ("light", "dark")}
     assert names["light"] == names["dark"]
+
+
+def test_a_matrix_names_every_row_and_column():
+    names = [f"block {i}" for i in range(12)]
+    cells = [{"x": i, "y": j, "v": float(i + j)} for i in range(12) for j in range(12)]
+    made = charts.heat(cells, x="x", y="y", value="v", x_labels=names, y_labels=names, **WORDS)
+    picture = charts.svg(charts.spec(made))
+    assert all(picture.count(f">{name}</text>") == 2 for name in names)

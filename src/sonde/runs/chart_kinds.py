@@ -51,7 +51,8 @@ def lines(
     looks = _looks(names, control)
     scale = _y_scale([row[f] for row in rows for f in (y, low, high) if f], log)
     field_x = alt.X(f"{x}:Q", title=x_title, axis=_position_axis(x_labels), scale=alt.Scale(zero=False, nice=False))
-    axis_y = alt.Axis(values=_log_ticks(*scale["domain"]), format="~g") if log else alt.Axis()
+    ticks = _log_ticks(*scale["domain"]) if log else []
+    axis_y = alt.Axis(values=ticks, tickCount=len(ticks), format="~g") if log else alt.Axis()
     field_y = alt.Y(f"{y}:Q", title=y_title + (" (log scale)" if log else ""), scale=alt.Scale(**scale), axis=axis_y)
     colour = alt.Color(f"{series}:N", legend=None, scale=alt.Scale(domain=names, range=[look[0] for look in looks]))
     base = alt.Chart(alt.InlineData(values=[dict(row) for row in rows])).encode(x=field_x)
@@ -102,7 +103,7 @@ def intervals(
 
     labels = [str(row[label]) for row in rows]
     placed = [{**row, "position": i} for i, row in enumerate(rows)]
-    field_y = alt.Y("position:Q", title=y_title, axis=_position_axis(labels, rows=True), scale=alt.Scale(
+    field_y = alt.Y("position:Q", title=y_title, axis=_position_axis(labels), scale=alt.Scale(
         domain=[len(rows) - 0.5, -0.5], nice=False))  # fmt: skip
     base = alt.Chart(alt.InlineData(values=placed)).encode(y=field_y)
     field_x = alt.X(f"{value}:Q", title=x_title, scale=alt.Scale(zero=True))
@@ -228,7 +229,7 @@ def heat(
     legend = alt.Legend(orient="right", title=None, gradientLength=HEIGHT - 40, format=".2~g")
     field_x = alt.X("x1:Q", title=x_title, axis=_position_axis(x_labels), scale=alt.Scale(
         domain=[-0.5, len(x_labels) - 0.5], nice=False))  # fmt: skip
-    field_y = alt.Y("y1:Q", title=y_title, axis=_position_axis(y_labels, rows=True), scale=alt.Scale(
+    field_y = alt.Y("y1:Q", title=y_title, axis=_position_axis(y_labels), scale=alt.Scale(
         domain=[-0.5, len(y_labels) - 0.5], nice=False))  # fmt: skip
     made = alt.Chart(alt.InlineData(values=placed)).mark_rect().encode(
         x=field_x, x2="x2:Q", y=field_y, y2="y2:Q", tooltip=_tooltips((x, y, value)),
@@ -290,18 +291,15 @@ def _line_ends(rows: Rows, x: str, y: str, series: str, names: Sequence[str], sc
     return [{**end, "label_at": back(end["label_at"])} for end in ends]
 
 
-def _position_axis(labels: Sequence[str] | None, *, rows: bool = False) -> Any:
-    """An axis whose positions 0, 1, … have names: all of them on up to 16 rows, as many as fit elsewhere."""
+def _position_axis(labels: Sequence[str] | None) -> Any:
+    """An axis whose positions 0, 1, … have names; as many names are shown as fit."""
     import altair as alt
 
     if labels is None:
         return alt.Axis(tickMinStep=1)
-    return alt.Axis(
-        values=list(range(len(labels))),
-        labelExpr=f"{json.dumps(list(labels))}[datum.value]",
-        grid=False,
-        labelOverlap="greedy" if not rows or len(labels) > 16 else False,
-    )
+    names = f"{json.dumps(list(labels))}[datum.value]"
+    # Vega thins even given values to its count of ticks.
+    return alt.Axis(values=list(range(len(labels))), tickCount=len(labels), labelExpr=names, grid=False)
 
 
 def _tooltips(fields: Sequence[str | None], kind: str = "Q") -> list[Any]:
