@@ -63,7 +63,7 @@ def test_the_recipe_ends_in_a_model_with_a_card_and_goes_on_from_its_checkpoint(
     card = json.loads((folder / "card.json").read_text())
     assert card["data"]["books"] == ["one", "three"] and card["data"]["held_out"] == ["two"]
     assert card["command"] == f"sonde organism train pebble --text {books.name} --hold-out two --steps=2"
-    assert [row["text"].split()[0] for row in card["evaluation"]] == ["two", "help"]
+    assert [row["text"].split()[0] for row in card["evaluation"]] == ["two", "Python"]
     assert "Make it again" in render(read_card(folder))
 
     weights = (folder / "model.safetensors").read_bytes()

@@ -89,4 +89,4 @@ def _scores(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _interval(value: dict[str, float]) -> str:
-    return f"{value['estimate']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+    return f"{value['estimate']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
