@@ -101,7 +101,7 @@ def train_pebble(config: PebbleConfig) -> Path:
         "tokens": len(ids),
         "text_sha256": text_hash(texts),
     }
-    unread = {name: [text] for name, text in held_out.items()} | {f"Python {_python()} help topics": topics()}
+    unread = {name: [text] for name, text in held_out.items()} | {f"help() of Python {_python()}": topics()}
     evaluation = _evaluate(model.float(), tokenizer, ids, unread)
     _finish(config, asdict(settings), losses, data, evaluation)
     return config.out
