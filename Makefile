@@ -41,7 +41,7 @@ lint: $(STAMP)-dev
 	$(BIN)/ruff format --check .
 
 types: $(STAMP)-dev
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # each worker keeps to one thread: two workers on two cores, and the same numbers however many workers there are
 unit: $(STAMP)-dev

@@ -23,7 +23,7 @@ def test_a_saved_model_loads_as_it_was(folder):
     lm = load(folder)
     ids = torch.arange(3, 11)[None]
     with torch.no_grad():
-        assert torch.equal(lm(ids).logits, tiny("gpt_neox")(input_ids=ids, use_cache=False).logits)
+        assert torch.allclose(lm(ids).logits, tiny("gpt_neox")(input_ids=ids).logits, atol=1e-5)
     assert lm.name == str(folder)
     assert lm.tokenizer is None
 
@@ -139,10 +139,13 @@ def test_rwkv_is_loaded_without_the_rescaling_that_changes_its_weights(tmp_path)
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         logits = lm(ids).logits
-        expected = tiny("rwkv")(input_ids=ids).logits
+        never_rescaled = tiny("rwkv", rescale_every=0)(input_ids=ids).logits
+        rescaled = tiny("rwkv")(input_ids=ids).logits
     del lm.__dict__["hash"]
     assert lm.hash == before
-    assert torch.allclose(logits, expected, atol=1e-5)
+    assert torch.allclose(logits, never_rescaled, atol=1e-5)
+    # rescaling changes logits only through the epsilon of the norms
+    assert (logits - rescaled).abs().max() < 1e-3 * rescaled.abs().max()
 
 
 @pytest.mark.gpu

@@ -191,13 +191,14 @@ class TokenBatches:
         )
 
     def split(self, fraction: float) -> tuple["TokenBatches", "TokenBatches"]:
-        """Two sets of batches over disjoint rows: the rest, and `fraction` of the rows, evenly spread over the text.
+        """Two sets of batches over disjoint rows: the rest, and the last `fraction` of the text's rows.
 
-        Raises `SondeError` when either would be empty.
+        Neighbouring rows come from one document and share phrases, so that rows spread over the text would hold out
+        little. Raises `SondeError` when either part would be empty.
         """
         if not 0 < fraction < 1:
             raise SondeError(f"a fraction of {fraction} cannot be held out; give one between 0 and 1")
-        held = np.diff(np.floor(np.arange(self.n_chunks + 1) * fraction + 1e-9)) > 0
+        held = np.arange(self.n_chunks) >= self.n_chunks - int(self.n_chunks * fraction + 1e-9)
         if held.all() or not held.any():
             raise SondeError(
                 f"{self} make {self.n_chunks} rows, of which a fraction of {fraction} cannot be held out; "

@@ -175,10 +175,6 @@ def _weights(
         raise SondeError(
             f"{label}: the checkpoint lacks or misfits {', '.join(wrong[:3])}{more}: these weights would be random"
         )
-    if config.model_type == "rwkv" and dtype != torch.float16:
-        # RWKV halves its residual stream every few blocks against float16 overflow, by changing weights in place on the
-        # first forward pass. The logits do not depend on it; activations, and weights that others hold, do.
-        model.config.rescale_every = 0
     return model
 
 

@@ -63,7 +63,7 @@ class LanguageModel:
 
     Args:
         model: any decoder-only Hugging Face model with an unembedding. It is put into eval mode and its weights are
-            frozen; nothing else is changed.
+            frozen.
         tokenizer: its tokenizer, or None when only token ids are used.
         name: what reports call it.
 
@@ -76,6 +76,10 @@ class LanguageModel:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model"
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        if hasattr(model.config, "rescale_every"):
+            # RWKV halves its residual stream every few blocks against float16 overflow, by changing weights in place on
+            # the first forward pass. The logits do not depend on it; activations, and weights that others hold, do.
+            model.config.rescale_every = 0
         self.tokenizer = tokenizer
         self.name = name
         self.structure = find_structure(model)
@@ -201,6 +205,7 @@ class LanguageModel:
         kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepts else {}
         if not bool(mask[:, 0].all()):
             # A causal model never looks at pads to the right of a token: only pads to the left need the mask.
+            continuation(self.model).require_mask(self.name)
             kwargs["attention_mask"] = mask.long()
             if "position_ids" in self._accepts:
                 kwargs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,7 +1,7 @@
 """Chapters of the audit: one module each, in the order in which the report shows them.
 
-A chapter fits what it needs on one half of the text, watches the shared pass over the other half, and writes itself. To
-add one, write a subclass of `sonde.studies.chapters.part.Part` and name it here.
+A chapter fits what it needs on the first half of the text, watches the shared pass over the second, and writes itself.
+To add one, write a subclass of `sonde.studies.chapters.part.Part` and name it here.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
 """How well does the model predict this text, does it know how sure it is, and does it use its context?
 
-Every token of the held half is scored once. The control is a 5-gram model of the other half of the same text; a
+Every token of the second half is scored once. The control is a 5-gram model of the first half of the text; a
 perfectly calibrated model (its own probabilities, answers drawn from them) is the control of calibration.
 """
 
@@ -24,7 +24,7 @@ _WORST = 20
 _CONTEXT_SHOWN = 10
 _FIRST_BIN = 4
 _EARLY = 32
-_NGRAM = f"{NGRAM_ORDER}-gram of the other half"
+_NGRAM = f"{NGRAM_ORDER}-gram of the first half"
 
 
 class Loss(Part):
@@ -85,13 +85,13 @@ class Loss(Part):
             question="How well does it predict, and does it know how sure it is?",
             answer=(
                 f"It needs {number(ours.estimate)} bits per byte of this text, where {NGRAM_ORDER}-gram counts of the "
-                f"text's other half need {number(theirs.estimate)}."
+                f"text's first half need {number(theirs.estimate)}."
             ),
             findings=findings,
             blocks=[*figures, self._worst(bits)],
             not_shown=(
                 "Loss on one text says little about other texts, and a model that has read this text in training looks "
-                "better than it is. The n-gram model has an advantage of its own: it has read the other half."
+                "better than it is. The n-gram model has an advantage of its own: it has read the first half."
             ),
             how=(
                 f"Windows of {self.audit.held.context} tokens; the first token of a window is not scored. Bits per "
@@ -105,7 +105,7 @@ class Loss(Part):
         return Finding(
             id="loss.bits-per-byte",
             chapter=self.name,
-            sentence=f"It predicts this text {verb} than {NGRAM_ORDER}-gram counts of the text's other half.",
+            sentence=f"It predicts this text {verb} than {NGRAM_ORDER}-gram counts of the text's first half.",
             metric="loss",
             unit="bits per byte",
             better="lower",

@@ -47,7 +47,7 @@ class Audit:
 
     def command(self, chapter: str) -> str:
         """The command that makes the numbers of one chapter again."""
-        return shlex.join([*self.config.command(), "--chapters", chapter])
+        return shlex.join([*self.config.command("chapters"), "--chapters", chapter])
 
     @cached_property
     def ngram(self) -> NgramModel:

@@ -43,8 +43,8 @@ class Passage(Part):
             ),
             how=(
                 "The same tuned lens as in the chapter on depth. Everything shown at a token is about its prediction "
-                "from the tokens before it, so the first token has none. Surprisal: -log2 of the probability of the token "
-                "that came. Rank 1: it was the most likely. The last row is the model's own output."
+                "from the tokens before it, so the first token has none. Surprisal: -log2 of the probability of the "
+                "token that came. Rank 1: it was the most likely. The last row is the model's own output."
             ),
         )
 

@@ -1,0 +1,131 @@
+"""What every study does around its question: open the run, keep its files, write the report.
+
+A config is a dataclass whose required fields are positional on the command line. `out` and `resume` say where the run
+is kept; everything else decides the numbers and is what the reproducing command repeats.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sonde.errors import SondeError
+
+if TYPE_CHECKING:
+    from sonde.lm.batches import TokenBatches
+    from sonde.lm.model import LanguageModel
+    from sonde.runs.blocks import Chapter
+    from sonde.runs.run import Run
+
+
+class Runnable:
+    """What the config dataclasses of studies share; they have fields `out`, `resume` and `seed`."""
+
+    words: ClassVar[tuple[str, ...]]
+    """The command, such as ("sonde", "audit")."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers: all fields but where the run is kept."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {key: value for key, value in fields.items() if key not in ("out", "resume")}
+
+    def command(self, *left_out: str) -> list[str]:
+        """The words of the command line that gives these settings, without the fields `left_out`."""
+        positional, options = [], []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.name in ("out", "resume", *left_out) or value == field.default:
+                continue
+            given = [] if value is True else [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+            if field.default is dataclasses.MISSING:
+                positional += given
+            else:
+                options += [f"--{field.name.replace('_', '-')}", *given]
+        return [*self.words, *positional, *options]
+
+
+def open_run(study: str, config: Any, lm: "LanguageModel") -> "Run":
+    """Start a run in `config.out` (by default a new folder under runs/), or resume the one there.
+
+    Raises `SondeError` as `Run.start` and `Run.resume` do, and for --resume without a folder.
+    """
+    from sonde.runs.run import Run, new_folder
+
+    require_folder(config)
+    folder = config.out or new_folder("runs", f"{study}-{lm.name}")
+    command = [*config.command(), "--out", str(folder)]
+    again = shlex.join([*command, "--resume"])
+    if config.resume:
+        return Run.resume(folder, study=study, config=config.settings(), resume_command=again)
+    return Run.start(
+        folder,
+        study=study,
+        config=config.settings(),
+        seed=config.seed,
+        command=shlex.join(command),
+        device=str(lm.device),
+        resume_command=again,
+    )
+
+
+def require_folder(config: Any) -> None:
+    """Raise `SondeError` for --resume without --out, before anything is loaded."""
+    if config.resume and config.out is None:
+        raise SondeError("--resume needs --out FOLDER, the folder of the run to go on with")
+
+
+def publish(
+    run: "Run",
+    lm: "LanguageModel",
+    text: "TokenBatches",
+    chapters: "Sequence[Chapter]",
+    *,
+    title: str,
+    source: str,
+    timings: Mapping[str, float],
+    skipped: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the chapters' charts and tables as files and all of them as report.html; returns its path."""
+    import sonde
+    from sonde.runs.blocks import Appendix, Figure, Header, Table
+    from sonde.runs.report import write_report
+
+    for chapter in chapters:
+        for block in chapter.blocks:
+            if isinstance(block, Figure):
+                run.chart(block.id, block.chart)
+            elif isinstance(block, Table) and block.rows:
+                names = [column if isinstance(column, str) else column.name for column in block.columns]
+                run.table(block.id, [dict(zip(names, row, strict=True)) for row in block.rows])
+    header = Header(
+        id=run.id,
+        title=title,
+        study=run.study,
+        model=lm.name,
+        command=run.command,
+        created=run.created,
+        model_hash=lm.hash,
+        params=lm.n_parameters,
+        text=source,
+        tokens=text.n_tokens,
+        text_hash=text.hash,
+        seed=run.seed,
+        sonde=sonde.__version__,
+        seconds=run.seconds,
+        status="finished",
+        config_sha256=run.config_sha256,
+    )
+    return write_report(
+        run.path("report.html"),
+        header=header,
+        findings=[finding for chapter in chapters for finding in chapter.findings],
+        chapters=chapters,
+        appendix=Appendix(
+            config=run.config,
+            environment=run.environment,
+            timings=list(timings.items()),
+            skipped=list((skipped or {}).items()),
+            files=run.files(),
+        ),
+    )
