@@ -59,7 +59,7 @@ class LensTraining:
     ridge_tokens: int | None = None
     """Tokens to regress on before the first step, where states are not cached; None is 32 d_model."""
     held_out: int = 4096
-    """Tokens that are not trained on, the first of the text."""
+    """Tokens that are not trained on, but decide when to stop and what to keep."""
     evaluate_every: int = 20
     patience: int = 4
     """Evaluations without progress in any layer before training stops."""

@@ -66,7 +66,7 @@ def trajectory_chart(
     mean = values.nanmean(1) if row is None else values[:, _row(trajectory, row)]
     return _chart(
         trajectory, lm, mean, row, stride, positions, log=log, colours="s",
-        title=title or f"{_NAMES[statistic].capitalize()} at every layer",
+        title=title or f"{_plain(statistic)} at every layer",
         subtitle=f"{_NAMES[statistic]}; the name in a cell is the lens's top token",
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ def difference_chart(
     shown = difference.nanmean(1) if row is None else difference[:, _row(first, row)]
     return _chart(
         first, lm, shown, row, stride, positions, log=False, colours="d",
-        title=title or f"Difference in {_NAMES[statistic].partition(',')[0]} at every layer",
+        title=title or f"{_plain(statistic)} at every layer: the first minus the second",
         subtitle=f"{_NAMES[statistic]}, first minus second; below zero the first is lower",
     )  # fmt: skip
 
@@ -227,8 +227,14 @@ def _scale(alt: Any, values: Sequence[float], *, log: bool, colours: str) -> Any
 
 
 def _axis(alt: Any, labels: Sequence[str]) -> Any:
-    options = {"labelOverlap": "greedy", "grid": False}
+    options = {"labelOverlap": "greedy", "grid": False, "tickCount": len(labels)}
     return alt.Axis(values=list(range(len(labels))), labelExpr=f"{json.dumps(list(labels))}[datum.value]", **options)
+
+
+def _plain(statistic: str) -> str:
+    """The statistic's name without its unit, to open a title."""
+    name = _NAMES[statistic].partition(",")[0]
+    return name[0].upper() + name[1:]
 
 
 def _light(chart: Any) -> dict[str, Any]:
@@ -259,8 +265,10 @@ def _row(trajectory: Trajectory, row: int) -> int:
 
 
 def _shown(text: str, most: int) -> str:
-    """Text of a token in one line: spaces and line ends visible, long ones cut."""
+    """Text of a token in one line: spaces and line ends visible, control characters spelled out, long ones cut."""
     text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+    # a control character is not XML, and makes the SVG renderer abort the whole process
+    text = "".join(f"⟨{ord(sign):02X}⟩" if unicodedata.category(sign)[0] == "C" else sign for sign in text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -1,8 +1,8 @@
 """Training of tuned lenses on a stream of text: what is held out, what is cached, and exact resuming.
 
-The first tokens are held out. Where the other hidden states fit into memory they are kept, regressed on, and descended
-on in a random order that is a function of the step; otherwise the first of them are regressed on and each further
-batch is one step. How the steps are made is in `sonde.lens.descent`.
+Held out are rows spread evenly over the text. Where the other hidden states fit into memory they are kept, regressed
+on, and descended on in a random order that is a function of the step; otherwise the first of them are regressed on and
+each further batch is one step. How the steps are made is in `sonde.lens.descent`.
 """
 
 from collections.abc import Callable, Iterable
@@ -37,8 +37,8 @@ def fit(
     """Train a lens for `lm` in one pass over a text.
 
     Where the hidden states fit into `settings.cache_bytes` they are kept, regressed on and descended on in random
-    order, as often as the steps need; otherwise each batch is used once and forgotten. The first `held_out` tokens
-    decide when to stop and which parameters to keep.
+    order, as often as the steps need; otherwise each batch is used once and forgotten. About `held_out` tokens,
+    in rows spread evenly over the text, decide when to stop and which parameters to keep.
 
     Args:
         lm: the model.
@@ -60,7 +60,8 @@ def fit(
         batches = TokenBatches(batches, lm.tokenizer, context=min(512, lm.context))
     if batches.world > 1:
         raise SondeError(f"a lens is trained by one process, not {batches.world}: start it without torchrun")
-    trainer = LensTrainer(lm, settings, sites=sites, expected_tokens=batches.n_tokens)
+    rest, held = batches.split(min(0.5, settings.held_out / (batches.n_tokens + batches.n_chunks)))
+    trainer = LensTrainer(lm, settings, sites=sites, expected_tokens=rest.n_tokens + rest.n_chunks)
     identity = {
         "settings": asdict(settings),
         "sites": list(trainer.lens.sites),
@@ -91,7 +92,10 @@ def fit(
 
         if not trainer.done:
             # Cached states are not part of a checkpoint: the same batches give the same states again.
-            for batch in stream(lm, batches, sites=trainer.sites, start=0 if trainer.caching else seen + 1):
+            if not trainer.holding:
+                for batch in stream(lm, held, sites=trainer.sites):
+                    trainer.hold_out(batch)
+            for batch in stream(lm, rest, sites=trainer.sites, start=0 if trainer.caching else seen + 1):
                 before = trainer.step
                 trainer.update(batch)
                 seen = batch.index
@@ -107,9 +111,9 @@ def fit(
 class LensTrainer:
     """A lens in training: a consumer of a stream.
 
-    `update` takes batches: first the held-out tokens, then those that the ridge regression needs, then one gradient
-    step a batch; or, when `caching`, all states into memory until it is `full`, and `finish` does the rest. `done`
-    says that further batches are not needed.
+    `update` takes batches: first the held-out tokens (unless `hold_out` was given some), then those that the ridge
+    regression needs, then one gradient step a batch; or, when `caching`, all states into memory until it is `full`,
+    and `finish` does the rest. `done` says that further batches are not needed.
 
     Args:
         lm: the model.
@@ -139,6 +143,7 @@ class LensTrainer:
         self._cache: LensRows | None = None
         self._cached = 0
         self._held: LensRows | None = None
+        self._chosen = False
         self._moments: list[Moments] | None = None
         self._solved = not settings.trainer.startswith("ridge")
         self._ridge_tokens = settings.ridge_tokens or 32 * lm.d_model
@@ -164,16 +169,24 @@ class LensTrainer:
         """Held-out loss in nats by layer: {"step": …, "loss": [layers]}; step -1 is the logit lens, 0 the start."""
         return self._descent.history
 
+    @property
+    def holding(self) -> bool:
+        """Whether there are held-out tokens."""
+        return self._held is not None
+
+    def hold_out(self, batch: Batch) -> None:
+        """Hold out a whole batch, before the first `update`: instead of the first tokens that come."""
+        rows = self._rows(batch)
+        self._held = rows if self._held is None else LensRows.cat([self._held, rows])
+        self._chosen = True
+
     def update(self, batch: Batch) -> None:
-        """Take in a batch: its states are read, or learned from, or held out."""
+        """Take in a batch: its states are kept, or learned from, or held out."""
         if self.done or self.full:
             return
-        shift, kl = self.settings.shift, self.settings.loss == "kl"
-        rows = LensRows.of(
-            batch, self.lens.sites, self._last, token_shift=shift if kl else 0, labels_shift=0 if kl else shift
-        )
+        rows = self._rows(batch)
         held = 0 if self._held is None else len(self._held)
-        if held < self.settings.held_out:
+        if held < self.settings.held_out and not self._chosen:
             taken = rows[: self.settings.held_out - held]
             self._held = taken if self._held is None else LensRows.cat([self._held, taken])
             # what is left of the batch is of the same documents, and dropped
@@ -217,6 +230,7 @@ class LensTrainer:
             "descent": self._descent.state(),
             "held": None if self.caching else held,
             "moments": None if self.caching or self._moments is None else [m.state() for m in self._moments],
+            "chosen": self._chosen,
             "solved": self._solved,
             "tokens": self._tokens,
         }
@@ -229,8 +243,14 @@ class LensTrainer:
             self._held = LensRows(*(part.to(device) for part in state["held"]))
         if state["moments"] is not None:
             self._moments = [Moments.from_state(moments) for moments in state["moments"]]
-        self._solved = state["solved"]
+        self._solved, self._chosen = state["solved"], state["chosen"]
         self._tokens = 0 if self.caching and not self.done else state["tokens"]
+
+    def _rows(self, batch: Batch) -> LensRows:
+        shift, kl = self.settings.shift, self.settings.loss == "kl"
+        return LensRows.of(
+            batch, self.lens.sites, self._last, token_shift=shift if kl else 0, labels_shift=0 if kl else shift
+        )
 
     def _begin(self) -> None:
         """Once the held-out tokens are there: measure the logit lens on them."""
@@ -273,8 +293,8 @@ class LensTrainer:
 
     def _too_short(self) -> SondeError:
         return SondeError(
-            f"the text has no token beyond the {self.settings.held_out} that are held out: give more text, or a "
-            "smaller held_out"
+            "the text has no token beyond those that are held out to compare parameters: give more text, or a smaller "
+            f"held_out than {self.settings.held_out}"
         )
 
     def _descend_on_cache(self, after: Callable[[], None] | None) -> None:
