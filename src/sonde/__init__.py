@@ -1,11 +1,11 @@
 """Sonde: look inside trained networks.
 
-    import sonde
-
-    lm = sonde.load("organism:pebble")
-    with lm.reading("resid_post.3") as acts:
-        lm("The old man and the")
-    acts["resid_post.3"].shape  # batch, pos, d_model
+>>> import sonde
+>>> lm = sonde.load("organism:pebble")
+>>> with lm.reading("resid_post.3") as acts:
+...     _ = lm("The old man and the")
+>>> acts["resid_post.3"].shape  # batch, pos, d_model
+torch.Size([1, 5, 192])
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
 """Files that appear whole or not at all, and state that is saved without pickle.
 
-A file is written beside its place, flushed to the disk and renamed; a killed process leaves the old file or the new one.
-A bundle is any tree of dicts, lists, numbers, strings and tensors (optimiser states, running moments) in one safetensors
-file: the tensors as tensors, the tree as JSON in the header.
+A file is written beside its place, flushed to the disk and renamed; a killed process leaves the old file or the new
+one. A bundle is any tree of dicts, lists, numbers, strings and tensors (optimiser states, running moments) in one
+safetensors file: the tensors as tensors, the tree as JSON in the header.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        with open(beside, "rb") as written:
+        with beside.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
     except (OSError, SafetensorError) as error:
         raise SondeError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:

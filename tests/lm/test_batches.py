@@ -2,7 +2,6 @@ import itertools
 import logging
 import os
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings

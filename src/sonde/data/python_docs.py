@@ -1,7 +1,7 @@
 """English that every Python installation carries.
 
 `topics` is the reference text behind `help()` (`pydoc_data.topics`): the default text of an audit, and never part of an
-organism's training. `comments` are the docstrings and comments of the standard library: half of what `organism:pebble` read.
+organism's training. `comments` are the docstrings and comments of the standard library, which `organism:pebble` read.
 """
 
 import ast

@@ -1,0 +1,1 @@
+"""Small networks and the loop that trains them."""

@@ -1,7 +1,7 @@
 """The training loop of small networks: deterministic, with a schedule, checkpoints and exact resume.
 
-The batch of a step is a function of the step alone, so a run that is killed and resumed sees the same batches in the same
-order and, on the same machine and thread count, ends with the same numbers.
+The batch of a step is a function of the step alone, so a run that is killed and resumed sees the same batches in the
+same order and, on the same machine and thread count, ends with the same numbers.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Muon: momentum whose every matrix is replaced by the nearest semi-orthogonal one before it is applied.
 
 Five steps of the quintic Newton-Schulz iteration X <- aX + (bA + cA²)X with A = XXᵀ push all singular values of the
-momentum towards 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers"). Unlike `torch.optim.Muon` it takes stacks
-of matrices, so that the translators of all layers are one tensor and one iteration.
+momentum towards 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers"). Unlike `torch.optim.Muon` it takes
+stacks of matrices, so that the translators of all layers are one tensor and one iteration.
 """
 
 import torch

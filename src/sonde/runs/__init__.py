@@ -1,0 +1,1 @@
+"""Runs: a folder per run, findings with intervals and controls, charts, and the report."""

@@ -45,7 +45,7 @@ class TunedLensConfig(Runnable):
     """A local folder in Hugging Face format, a name on the hub, or organism:NAME."""
     text: Text = None
     """What is read. By default the help texts of Python."""
-    lenses: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("logit", "bias", "ridge", DEFAULT, RECIPE)
+    lenses: Names = ("logit", "bias", "ridge", DEFAULT, RECIPE)
     """Which lenses: logit (nothing to train), bias (only a bias is trained), or a trainer of a full lens: ridge (closed
     form), muon, adam, sgd (the paper's recipe), ridge+muon (the default of Sonde), ridge+adam."""
     tokens: Count = 65536
@@ -78,9 +78,10 @@ def tuned_lens(config: TunedLensConfig) -> Path:
     from sonde.lm.stream import feed
     from sonde.organisms.loading import load
 
-    unknown = [name for name in config.lenses if name not in LENSES]
-    if unknown or "logit" not in config.lenses or len(set(config.lenses)) < 2:
-        raise SondeError(f"--lenses takes logit and at least one of {', '.join(LENSES[1:])}, not {config.lenses}")
+    chosen = config.lenses or ()
+    unknown = [name for name in chosen if name not in LENSES]
+    if unknown or "logit" not in chosen or len(set(chosen)) < 2:
+        raise SondeError(f"--lenses takes logit and at least one of {', '.join(LENSES[1:])}, not {' '.join(chosen)}")
     require_folder(config)
     lm = load(config.model, dtype=config.dtype, device=config.device)
     if lm.tokenizer is None:
@@ -89,11 +90,11 @@ def tuned_lens(config: TunedLensConfig) -> Path:
     fit, held = text.split(0.5)
     with open_run("tuned-lens", config, lm) as run:
         lenses, seconds = {}, {}
-        for name in config.lenses:
+        for name in chosen:
             lenses[name], seconds[name] = _trained(run, lm, fit, name, config.seed)
         evaluation = LensEvaluation(lm, lenses)
         feed(lm, held, [evaluation], progress="scoring")
-        best = lenses[DEFAULT if DEFAULT in lenses else config.lenses[-1]]
+        best = lenses[DEFAULT if DEFAULT in lenses else chosen[-1]]
         chapters = [
             _distance(evaluation, lm, seconds, shlex.join(config.command())),
             _transfer(lm, held, best, shlex.join(config.command())),
@@ -305,8 +306,8 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
         ],
         not_shown="Pairs of layers are not independent, so the interval is narrower than it should be.",
         how=(
-            f"Cross entropy of translator i on the hidden states of layer j less that of translator j, on "
-            f"{len(rows):,} held-out tokens; Frobenius cosine of the covariance matrices of the two layers on the same tokens."
+            "Cross entropy of translator i on the hidden states of layer j less that of translator j, on "
+            f"{len(rows):,} held-out tokens; Frobenius cosine of the covariances of the two layers on the same tokens."
         ),
     )
 
