@@ -9,10 +9,10 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sonde.errors import SondeError
-from sonde.studies.options import Count, Folder, Model, Name, Text
+from sonde.studies.options import Count, Folder, Model, Name, Names, Text
 from sonde.studies.registry import study
 from sonde.studies.running import Runnable, open_run, publish, require_folder
 
@@ -36,7 +36,7 @@ _PAPER = "Belrose et al. 2023, arXiv:2303.08112"
 class TunedLensConfig(Runnable):
     """Train lenses in several ways and compare them by layer.
 
-    Example: sonde run tuned-lens gpt2 --text book.txt --tokens 262144 --lenses logit ridge ridge+muon
+    Example: sonde run tuned-lens organism:pebble --lenses logit ridge+muon sgd
     """
 
     words = ("sonde", "run", "tuned-lens")
@@ -45,7 +45,7 @@ class TunedLensConfig(Runnable):
     """A local folder in Hugging Face format, a name on the hub, or organism:NAME."""
     text: Text = None
     """What is read. By default the help texts of Python."""
-    lenses: Names = ("logit", "bias", "ridge", DEFAULT, RECIPE)
+    lenses: Names = ("logit", "bias", "ridge", DEFAULT)
     """Which lenses: logit (nothing to train), bias (only a bias is trained), or a trainer of a full lens: ridge (closed
     form), muon, adam, sgd (the paper's recipe), ridge+muon (the default of Sonde), ridge+adam."""
     tokens: Count = 65536
@@ -94,7 +94,7 @@ def tuned_lens(config: TunedLensConfig) -> Path:
             lenses[name], seconds[name] = _trained(run, lm, fit, name, config.seed)
         evaluation = LensEvaluation(lm, lenses)
         feed(lm, held, [evaluation], progress="scoring")
-        best = lenses[DEFAULT if DEFAULT in lenses else chosen[-1]]
+        best = lenses[DEFAULT if DEFAULT in lenses else next(reversed(lenses))]
         chapters = [
             _distance(evaluation, lm, seconds, shlex.join(config.command())),
             _transfer(lm, held, best, shlex.join(config.command())),
@@ -106,6 +106,7 @@ def tuned_lens(config: TunedLensConfig) -> Path:
 
 def _trained(run: "Run", lm: "LanguageModel", fit: "TokenBatches", name: str, seed: int) -> "tuple[TunedLens, float]":
     """The lens `name` and the seconds that its training took; from the run folder where it is finished."""
+    from sonde.lens.descent import LensTraining, Trainer
     from sonde.lens.tuned import TunedLens
 
     if name == "logit":
@@ -115,8 +116,11 @@ def _trained(run: "Run", lm: "LanguageModel", fit: "TokenBatches", name: str, se
     if run.done(step):
         return TunedLens.load(folder, lm), run.result(step)["seconds"]
     began = time.perf_counter()
-    kind = {"kind": "bias", "trainer": "adam"} if name == "bias" else {"trainer": name}
-    lens = TunedLens.fit(lm, fit, checkpoint=run.checkpoint(step), seed=seed, progress=f"{name} lens", **kind)
+    if name == "bias":
+        settings = LensTraining(kind="bias", trainer="adam", steps=60, seed=seed)
+    else:
+        settings = LensTraining(trainer=cast(Trainer, name), seed=seed)
+    lens = TunedLens.fit(lm, fit, settings, checkpoint=run.checkpoint(step), progress=f"{name} lens")
     seconds = time.perf_counter() - began
     lens.save(folder)
     run.finish(step, {"seconds": seconds})
@@ -144,7 +148,11 @@ def _distance(evaluation: "LensEvaluation", lm: "LanguageModel", seconds: dict[s
         ),
         findings=findings,
         blocks=[
-            kl_chart({labels[name]: scored.kl for name, scored in scores.items()}, name="distance.kl"),
+            kl_chart(
+                {labels[name]: scored.kl for name, scored in scores.items()},
+                title=findings[0].sentence,
+                name="distance.kl",
+            ),
             Table(
                 id="distance.kl-table",
                 caption=f"KL to the final prediction by layer in bits, on {scores['logit'].n_tokens:,} held-out tokens",

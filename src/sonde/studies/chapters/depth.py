@@ -52,15 +52,15 @@ class Depth(Part):
     def write(self) -> Chapter:
         """Two findings, two charts, a table by layer."""
         scores = self._scoring.scores()
-        decided = self._decided(scores)
+        closer, decided = self._closer(scores), self._decided(scores)
         layers = range(len(scores["tuned"].sites))
         return Chapter(
             id=self.name,
             question="At which layer is the prediction made?",
             answer=decided.sentence,
-            findings=[self._closer(scores), decided],
+            findings=[closer, decided],
             blocks=[
-                kl_chart({f"{kind} lens": scores[kind].kl for kind in _KINDS}),
+                kl_chart({f"{kind} lens": scores[kind].kl for kind in _KINDS}, title=closer.sentence),
                 self._decided_chart(scores),
                 Table(
                     id="depth.layers",
@@ -172,7 +172,7 @@ class Depth(Part):
         return Figure(id="depth.decided", chart=chart, caption=caption)
 
 
-def kl_chart(kl: dict[str, list[Interval]], *, name: str = "depth.kl") -> Figure:
+def kl_chart(kl: dict[str, list[Interval]], *, title: str, name: str = "depth.kl") -> Figure:
     """KL to the final prediction by layer of several lenses, in bits; the logit lens is the control."""
     chart = chart_kinds.lines(
         curves({lens: [layer.scaled(_BITS) for layer in layers] for lens, layers in kl.items()}),
@@ -184,7 +184,7 @@ def kl_chart(kl: dict[str, list[Interval]], *, name: str = "depth.kl") -> Figure
         control=("logit lens",),
         log=True,
         x_labels=[str(layer) for layer in range(max(map(len, kl.values())))],
-        title="How far each layer's prediction is from the final one",
+        title=title.removesuffix("."),
         subtitle="KL(final || lens) in bits per token, 95 % bands; lower is closer",
         x_title="input of block",
         y_title="KL to the final prediction (bits)",

@@ -201,13 +201,12 @@ class Loss(Part):
         )
         rows = []
         for name, values in ((self.audit.lm.name, bits), (f"{NGRAM_ORDER}-gram", baseline)):
-            for low, high in pairwise(edges):
+            for place, (low, high) in enumerate(pairwise(edges)):
                 mean = bootstrap_mean(values[:, low:high].mean(1), seed=self.audit.config.seed)
-                place = math.log2(math.sqrt((low + 1) * high))
-                rows.append({"position": place, "bits": mean.estimate, "low": mean.low, "high": mean.high, "of": name})
+                rows.append({"place": place, "bits": mean.estimate, "low": mean.low, "high": mean.high, "of": name})
         chart = chart_kinds.lines(
             rows,
-            x="position",
+            x="place",
             y="bits",
             low="low",
             high="high",
@@ -215,7 +214,8 @@ class Loss(Part):
             control=(f"{NGRAM_ORDER}-gram",),
             title=f"With context the loss falls by {number(gain.estimate, 2)} bits per token",
             subtitle="Mean loss in bits per token by place in the window, 95 % bands; lower is better",
-            x_title="place in the window (log2 of tokens)",
+            x_title="tokens of the window",
+            x_labels=[f"{low + 1}–{high}" for low, high in pairwise(edges)],
             y_title="loss (bits per token)",
         )
         caption = "Loss by the number of tokens that came before, for the model and for n-gram counts."
