@@ -9,6 +9,7 @@ The byte-level GPT-2 has 6 layers, d 64 and context 64, and reads the source of 
 """
 
 import argparse
+import random
 import sysconfig
 import time
 from hashlib import sha256
@@ -42,10 +43,13 @@ WAYS = {
 }
 
 
-def source() -> list[str]:
-    """Modules of the standard library, about 4 MB."""
+def source() -> tuple[list[str], list[str]]:
+    """The standard library's modules in pieces of 2,000 characters, in random order: some 4 MB, and 200 held out."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return [file.read_text(encoding="utf-8") for file in files]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    pieces = [text[start : start + 2000] for text in texts for start in range(0, len(text), 2000)]
+    random.Random(0).shuffle(pieces)
+    return pieces[200:], pieces[:200]
 
 
 def train_bytes(folder: Path, texts: list[str], steps: int) -> None:
@@ -75,15 +79,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine())
-    texts: list[str] | None = None
-    if ":" not in options.model:
-        texts = source()
-        if not Path(options.model).exists():
-            train_bytes(Path(options.model), texts[:-20], options.steps)
+    fitting, held = (None, None) if ":" in options.model else source()
+    if fitting is not None and not Path(options.model).exists():
+        train_bytes(Path(options.model), fitting, options.steps)
     lm = sonde.load(options.model)
-    fitting, held = (None, None) if texts is None else (texts[:-20], texts[-20:])
     context = min(256, lm.context)
-    batches = TokenBatches(fitting, lm.tokenizer, context=context, limit_tokens=options.tokens, shuffle=True)
+    batches = TokenBatches(fitting, lm.tokenizer, context=context, limit_tokens=options.tokens)
     if held is None:
         batches, test = batches.split(0.1)
     else:

@@ -28,8 +28,8 @@ from sonde.stats.solve import ridge
 
 Decode = Callable[[Float[Tensor, "layers n d_model"]], Float[Tensor, "layers m d_head"]]
 Trainer = Literal["ridge+muon", "ridge+adam", "ridge", "muon", "adam", "sgd"]
-_RATES = {"muon": 0.2, "adam": 1e-2, "sgd": 0.1, "ridge": 0.0}
-_DECAYS = {"muon": 5e-4, "adam": 0.0, "sgd": 1e-3, "ridge": 0.0}
+_RATES = {"muon": 0.4, "adam": 1e-2, "sgd": 0.1, "ridge": 0.0}
+_DECAYS = {"muon": 2.5e-4, "adam": 0.0, "sgd": 1e-3, "ridge": 0.0}
 _STEPS = {"muon": 250, "adam": 250, "sgd": 250, "ridge": 0}
 _BIAS_RATE = 1e-2  # AdamW beside Muon
 _SAME = 1e-3  # relative gain in held-out loss that counts as progress
@@ -45,8 +45,8 @@ class LensTraining:
     token_shift: int | None = None
     """Target position minus lens position; None is 0 for "kl" and 1 for "ce"."""
     steps: int | None = None
-    """Gradient steps; None is 60 after ridge and 250 without."""
-    tokens_per_step: int = 2048
+    """Gradient steps; None is 120 after ridge and 250 without."""
+    tokens_per_step: int = 1024
     """Of cached states. A lens that trains as a consumer takes a batch as it comes."""
     tokens: int = 65536
     """Most tokens to cache."""
@@ -95,7 +95,7 @@ class LensTraining:
         """`steps`, or the trainer's own."""
         if self.steps is not None:
             return self.steps if self.descent != "ridge" else 0
-        return 60 if self.trainer.startswith("ridge+") else _STEPS[self.descent]
+        return 120 if self.trainer.startswith("ridge+") else _STEPS[self.descent]
 
 
 class Descent:
