@@ -43,9 +43,10 @@ lint: $(STAMP)-dev
 types: $(STAMP)-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# each worker keeps to one thread: two workers on two cores, and the same numbers however many workers there are
+# one thread to a worker: two workers on two cores, and the same numbers however many workers there are; one hash seed,
+# because workers must collect the same tests in the same order
 unit: $(STAMP)-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15
+	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 15
 
 docs: $(STAMP)-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

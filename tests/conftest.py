@@ -17,6 +17,14 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Audits take minutes: they start first, and those that look at the same one share a worker."""
+    items.sort(key=lambda item: "studies" not in item.path.parts)
+    for item in items:
+        if "report" in getattr(item, "fixturenames", ()) and "studies" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
