@@ -25,7 +25,9 @@ def gpt2() -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=N_LAYERS, n_embd=D_MODEL, n_head=4, vocab_size=VOCAB, n_positions=256)
+    config = GPT2Config(
+        n_layer=N_LAYERS, n_embd=D_MODEL, n_head=4, vocab_size=VOCAB, n_positions=256, bos_token_id=0, eos_token_id=0
+    )
     return GPT2LMHeadModel(config).eval()
 
 
@@ -65,19 +67,33 @@ def nnsight_ways(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, Call
 
 
 def transformer_lens_ways(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, Callable[[], object]]:
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    import copy
+    import tempfile
 
-    config = HookedTransformerConfig(
-        n_layers=N_LAYERS, d_model=D_MODEL, n_heads=4, d_head=D_MODEL // 4, n_ctx=256, d_vocab=VOCAB, act_fn="gelu_new"
-    )
-    net = HookedTransformer(config).eval()
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        save_tokenizer(folder)
+        net = TransformerBridge.boot_transformers(folder, hf_model=copy.deepcopy(model), device="cpu")
+
+    def residual(name: str) -> bool:
+        return name.startswith("blocks.") and name.endswith("hook_out")
+
     return {
         "forward": lambda: net(tokens),
-        "run_with_cache, residual streams": lambda: net.run_with_cache(
-            tokens, names_filter=lambda name: name.endswith("resid_post")
-        ),
+        "run_with_cache, residual streams": lambda: net.run_with_cache(tokens, names_filter=residual),
         "run_with_cache, everything": lambda: net.run_with_cache(tokens),
     }
+
+
+def save_tokenizer(folder: str) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"t{i}": i for i in range(VOCAB)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t0", eos_token="t0").save_pretrained(folder)
 
 
 def pyvene_ways(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -91,7 +107,7 @@ def pyvene_ways(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, Calla
         model=model,
     )
     places = [[list(range(tokens.shape[1]))] * len(tokens)] * N_LAYERS
-    return {"collect": lambda: net({"input_ids": tokens}, unit_locations={"base": (None, places)})}
+    return {"collect": lambda: net({"input_ids": tokens}, unit_locations={"sources->base": (None, places)})}
 
 
 WAYS = {
