@@ -133,7 +133,9 @@ class LensEvaluation:
         found = {}
         for name in self.lenses:
             kl, ce, agreement, decided = torch.cat(self._sums[name], -1).numpy()
-            mean_q = (self._mean_q[name] / self._mean_q[name].sum(-1, keepdim=True)).log()
+            mean_q = self._mean_q[name] / self._mean_q[name].sum(-1, keepdim=True)
+            # predictions are summed in float32, where what is far below all else is 0: the bias stays finite
+            mean_q = mean_q.clamp(min=torch.finfo(torch.float32).tiny).log()
             found[name] = LensScores(
                 sites=self.lens_sites,
                 kl=[self._ratio(layer, tokens) for layer in kl],
