@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-AUDIT = ("organism:pebble", "--tokens", "16384")
+AUDIT = ("organism:pebble", "--tokens", "8192")
 
 
 def start(folder: Path, audit: tuple[str, ...], *, resume: bool) -> subprocess.Popen:
