@@ -101,6 +101,16 @@ def test_a_suffix_run_from_the_cache_gives_the_logits_and_activations_of_the_who
         assert torch.allclose(part["resid_post.1"], whole["resid_post.1"][:, cut:], atol=2e-4), cut
 
 
+def test_rwkv_is_read_with_the_weights_it_was_trained_with_even_after_it_rescaled_them():
+    model, ids = tiny("rwkv"), tokens()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = model(input_ids=ids).logits
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    lm = LanguageModel(model)
+    assert (lm(ids).logits - logits).abs().max() < 1e-3 * logits.abs().max()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_sampling_repeats_with_the_same_seed():
     lm = LanguageModel(tiny("llama"))
     first = lm.generate([[5, 9]], max_new_tokens=8, temperature=1.0, seed=1)

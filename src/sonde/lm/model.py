@@ -75,11 +75,8 @@ class LanguageModel:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model"
     ) -> None:
+        _undo_rescaling(model)
         self.model = model.eval().requires_grad_(False)
-        if hasattr(model.config, "rescale_every"):
-            # RWKV halves its residual stream every few blocks against float16 overflow, by changing weights in place on
-            # the first forward pass. The logits do not depend on it; activations, and weights that others hold, do.
-            model.config.rescale_every = 0
         self.tokenizer = tokenizer
         self.name = name
         self.structure = find_structure(model)
@@ -320,3 +317,18 @@ class LanguageModel:
     def _fits(self, length: int) -> None:
         if self.max_positions is not None and length > self.max_positions:
             raise SondeError(f"{length} tokens are more than the {self.max_positions} positions of {self.name}")
+
+
+def _undo_rescaling(model: PreTrainedModel) -> None:
+    """Run RWKV on the weights that it was trained with.
+
+    Against float16 overflow it halves its residual stream every few blocks in eval mode, by dividing weights in place
+    on the first forward pass. Logits do not depend on it; activations, and weights that others hold, do.
+    """
+    if not hasattr(model.config, "rescale_every"):
+        return
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers"):
+            module._rescale_layers()  # type: ignore[operator]
+    model.config.rescale_every = 0

@@ -5,6 +5,8 @@ momentum towards 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 stacks of matrices, so that the translators of all layers are one tensor and one iteration.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -37,7 +39,7 @@ class Muon(torch.optim.Optimizer):
                     raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:
