@@ -247,3 +247,18 @@ def test_selected_rows_of_a_past_continue_alone():
     together = lm(suffix[[1, 1, 0]], past=twice).logits
     alone = lm(suffix, past=past).logits
     assert torch.allclose(together, alone[[1, 1, 0]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "gpt_neox", "llama", "qwen3", "gemma2", "olmo2", "phi", "stablelm", "jamba"]
+)
+def test_residual_streams_are_those_that_transformers_returns(family):
+    """In these families hidden_states[i] is the input of block i, and the last one has passed the final norm."""
+    lm, ids = model(family), tokens()
+    theirs = lm.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    with lm.reading("resid_pre.*", "resid_post.-1:") as acts:
+        lm(ids)
+    for i in range(lm.n_layers):
+        assert torch.equal(acts[f"resid_pre.{i}"], theirs[i])
+    last = acts[f"resid_post.{lm.n_layers - 1}"]
+    assert torch.allclose(lm.unembedding.normed(last), theirs[lm.n_layers], atol=1e-6)
