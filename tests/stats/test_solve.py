@@ -36,6 +36,12 @@ def test_singular_systems_give_the_least_norm_solution(d, seed):
     np.testing.assert_allclose(solve_spd(a, b), expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
 
 
+def test_a_singular_matrix_is_told_where_its_pivots_do_not_show_it():
+    a, b = covariance(3, 2, seed=57), normal(3, 2, seed=58)  # a pivot of 1e-10 of the largest after one of 1e-6
+    expected = np.linalg.pinv(a.numpy(), hermitian=True, rcond=1e-10) @ b.numpy()
+    np.testing.assert_allclose(solve_spd(a, b), expected, rtol=1e-5)
+
+
 def test_a_stack_mixes_definite_and_singular_matrices():
     a = torch.stack([covariance(5, 20, 1), covariance(5, 2, 2), torch.zeros(5, 5, dtype=torch.float64)])
     b = normal(3, 5, 2)

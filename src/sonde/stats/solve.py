@@ -29,10 +29,11 @@ def solve_spd(
     if not b.isfinite().all():
         raise ValueError("the right-hand side holds nan or infinity")
     factor, failed = torch.linalg.cholesky_ex(a)
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
-    # a pivot far below the largest means a condition number that float64 cannot solve to rtol
-    singular = (failed > 0) | (pivots.amin(-1) ** 2 <= rtol * pivots.amax(-1) ** 2)
-    x = torch.cholesky_solve(b, torch.where(singular[..., None, None], torch.eye(a.shape[-1]).to(a), factor))
+    factor = torch.where((failed > 0)[..., None, None], torch.eye(a.shape[-1]).to(a), factor)
+    # The condition number, from the inverse: the pivots of a singular matrix need not be small.
+    condition = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(torch.cholesky_inverse(factor))
+    singular = (failed > 0) | ~(rtol * condition < 1)
+    x = torch.cholesky_solve(b, factor)
     residual = torch.linalg.matrix_norm(a @ x - b)
     allowed = rtol * (torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(x) + torch.linalg.matrix_norm(b))
     poor = singular | ~(residual <= allowed)
