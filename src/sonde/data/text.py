@@ -197,6 +197,8 @@ def _decoded(path: Path, limit_bytes: int | None = None) -> str:
         text = codecs.getincrementaldecoder("utf-8")().decode(data[skipped:], whole)
     except UnicodeDecodeError as error:
         raise _not_utf8(path, skipped + error.start, error) from error
+    if "\0" in text:
+        raise SondeError(f"{path} holds zero bytes, which are no text: is it binary, or UTF-16? Convert it to UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -72,6 +72,8 @@ class _Place:
 
 
 def _resolve(name: str) -> _Place:
+    if not name.strip():
+        raise SondeError("the model's name is empty; give a folder, a name on the hub or organism:NAME")
     folder = Path(name).expanduser()
     if folder.is_file():
         raise SondeError(f"{name} is a file; give the folder that holds config.json and the weights")
