@@ -191,3 +191,22 @@ def test_the_schema_refuses_what_the_class_refuses(missing):
 def test_two_findings_with_one_id_are_refused():
     with pytest.raises(ValueError, match=r"depth\.tuned-kl"):
         findings_json(RUN, [finding(), finding(chapter="loss")])
+
+
+def test_a_finding_of_an_interval_takes_all_of_its_numbers():
+    from sonde.stats.intervals import Interval
+
+    measured = Interval(0.5, 0.4, 0.7, n=12, level=0.9, method="wilson")
+    finding = Finding.of(
+        measured,
+        id="x.y",
+        chapter="x",
+        sentence="It is so.",
+        metric="share",
+        command="sonde audit x",
+        control=Control.of("chance", Interval(0.2, 0.1, 0.3, n=12)),
+    )
+    assert (finding.estimate, finding.interval, finding.n, finding.level) == (0.5, (0.4, 0.7), 12, 0.9)
+    assert finding.interval_method == "wilson"
+    assert finding.control == Control("chance", 0.2, (0.1, 0.3))
+    assert finding.status == "found"

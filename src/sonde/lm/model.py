@@ -1,7 +1,7 @@
 """A language model with named sites: read activations, edit them, stop early, continue from a cache.
 
-`LanguageModel` wraps any Hugging Face causal language model without changing it. Everything else in Sonde that takes a
-model takes one of these.
+`LanguageModel` wraps any Hugging Face causal language model without changing what it computes. Everything else in Sonde
+that takes a model takes one of these.
 """
 
 import hashlib

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, get_args
 
+from sonde.stats.intervals import Interval
+
 SCHEMA_VERSION = 1
 
 Status = Literal["found", "not found", "unclear", "refused"]
@@ -43,6 +45,11 @@ class Control:
         _set(self, "estimate", _finite(owner, "estimate", self.estimate))
         if self.interval is not None:
             _set(self, "interval", _interval(owner, self.interval, self.estimate))
+
+    @classmethod
+    def of(cls, name: str, measured: Interval) -> "Control":
+        """A control that was measured."""
+        return cls(name, measured.estimate, measured.bounds)
 
     def to_json(self) -> dict[str, Any]:
         """Name, estimate and interval (or null)."""
@@ -155,6 +162,18 @@ class Finding:
         for name in ("estimate", "interval", "interval_method", "n", "control", "control_reason"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{owner} is refused, so it cannot have {name!r}")
+
+    @classmethod
+    def of(cls, measured: Interval, **fields: Any) -> "Finding":
+        """A finding whose estimate, interval, level, method and n are those of `measured`; `fields` are the others."""
+        return cls(
+            estimate=measured.estimate,
+            interval=measured.bounds,
+            level=measured.level,
+            interval_method=measured.method,
+            n=measured.n,
+            **fields,
+        )
 
     @property
     def status(self) -> Status:

@@ -187,17 +187,14 @@ def _closer(evaluation: "LensEvaluation", best: str, command: str) -> "Finding":
     nearer = sum(gap.high < 0 for gap in gaps)
     least = max(gaps, key=lambda gap: gap.estimate)
     where = "at every layer" if nearer == len(gaps) else f"at {nearer} of {len(gaps)} layers"
-    return Finding(
+    return Finding.of(
+        least,
         id="distance.closer",
         chapter="distance",
         sentence=f"The {best} lens is closer to the model's prediction than the logit lens {where}.",
         metric="change of KL against the logit lens, at the layer where it is least",
         unit="bits",
         better="lower",
-        estimate=least.estimate,
-        interval=least.bounds,
-        interval_method="bootstrap",
-        n=least.n,
         control=Control("logit lens", 0.0),
         command=command,
         figures=("distance.kl",),
@@ -219,7 +216,8 @@ def _cheaper(
     middle = gaps[len(gaps) // 2]
     ratio = _mean(scores[DEFAULT]) / _mean(scores[RECIPE])
     share = seconds[DEFAULT] / max(seconds[RECIPE], 1e-9)
-    return Finding(
+    return Finding.of(
+        middle,
         id="distance.recipe",
         chapter="distance",
         sentence=(
@@ -229,10 +227,6 @@ def _cheaper(
         metric=f"KL of {DEFAULT} minus that of {RECIPE} at the middle layer",
         unit="bits",
         better="lower",
-        estimate=middle.estimate,
-        interval=middle.bounds,
-        interval_method="bootstrap",
-        n=middle.n,
         control=Control("the same lens", 0.0),
         command=command,
         tables=("distance.kl-table",),
@@ -243,7 +237,7 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
     """Translators on other layers than their own, against the similarity of the layers."""
     import numpy as np
 
-    from sonde.lens.evaluation import LensSample, covariance_similarity, transfer_correlation, transfer_penalty
+    from sonde.lens.evaluation import LensSample, covariance_similarity, transfer_penalty
     from sonde.lm.stream import feed
     from sonde.runs import chart_kinds
     from sonde.runs.blocks import Chapter, Figure
@@ -256,23 +250,19 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
     rows = sample.rows()
     penalty = transfer_penalty(lens, rows) * _BITS
     similarity = covariance_similarity(rows.hidden)
-    rho = transfer_correlation(penalty, similarity)
     pairs = ~np.eye(len(lens), dtype=bool)
     x, y = similarity.numpy()[pairs], penalty.numpy()[pairs]
-    interval = bootstrap(lambda a, b: float(spearman(a, b)), x, y)
+    rho = bootstrap(lambda a, b: float(spearman(a, b)), x, y)
     layers = [str(layer) for layer in range(len(lens))]
-    finding = Finding(
+    finding = Finding.of(
+        rho,
         id="transfer.spearman",
         chapter="transfer",
         sentence="A layer's translator works better on layers whose hidden states vary alike."
-        if interval.high < 0
+        if rho.high < 0
         else "How well a translator works on another layer is not explained by how alike the layers vary.",
         metric="Spearman correlation of transfer penalty and covariance similarity",
         better="lower",
-        estimate=rho,
-        interval=interval.bounds,
-        interval_method="bootstrap",
-        n=int(pairs.sum()),
         control=Control("no relation", 0.0),
         paper=Paper(-0.78, "Pythia 12B", _PAPER),
         command=command,
@@ -298,7 +288,7 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
         [{"similarity": float(a), "penalty": float(b)} for a, b in zip(x, y, strict=True)],
         x="similarity",
         y="penalty",
-        title=f"Rank correlation {rho:.2f}: the more alike two layers vary, the smaller the penalty",
+        title=f"Rank correlation {rho.estimate:.2f}: the more alike two layers vary, the smaller the penalty",
         subtitle="Each dot is an ordered pair of layers; lower is better",
         x_title="cosine of the layers' covariances",
         y_title="transfer penalty (bits)",

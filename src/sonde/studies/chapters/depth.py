@@ -104,18 +104,15 @@ class Depth(Part):
         where = "at every layer" if nearer == len(difference) else f"at {nearer} of {len(difference)} layers"
         middle = len(difference) // 2
         tuned, logit = (scores[kind].kl[middle].scaled(_BITS) for kind in _KINDS)
-        return Finding(
+        return Finding.of(
+            tuned,
             id="depth.tuned-kl",
             chapter=self.name,
             sentence=f"The tuned lens is closer to the final prediction than the logit lens {where}.",
             metric=f"KL to the final prediction at the input of block {middle}",
             unit="bits",
             better="lower",
-            estimate=tuned.estimate,
-            interval=tuned.bounds,
-            interval_method="bootstrap",
-            n=tuned.n,
-            control=Control("logit lens", logit.estimate, logit.bounds),
+            control=Control.of("logit lens", logit),
             command=self.audit.command(self.name),
             figures=("depth.kl",),
             tables=("depth.layers",),
@@ -134,18 +131,15 @@ class Depth(Part):
         else:
             sentence = f"Half of the tokens are decided after {layer} of {n_layers} blocks."
         tuned, logit = (scores[kind].decided[layer].scaled(100) for kind in _KINDS)
-        return Finding(
+        return Finding.of(
+            tuned,
             id="depth.decided",
             chapter=self.name,
             sentence=sentence,
             metric=f"tokens decided at the input of block {layer}, tuned lens",
             unit="%",
             better="none",
-            estimate=tuned.estimate,
-            interval=tuned.bounds,
-            interval_method="bootstrap",
-            n=tuned.n,
-            control=Control("logit lens", logit.estimate, logit.bounds),
+            control=Control.of("logit lens", logit),
             command=self.audit.command(self.name),
             figures=("depth.decided",),
             tables=("depth.layers",),

@@ -102,18 +102,15 @@ class Loss(Part):
 
     def _loss_finding(self, ours: Interval, theirs: Interval) -> Finding:
         verb = "better" if ours.high < theirs.low else "worse" if ours.low > theirs.high else "no better or worse"
-        return Finding(
+        return Finding.of(
+            ours,
             id="loss.bits-per-byte",
             chapter=self.name,
             sentence=f"It predicts this text {verb} than {NGRAM_ORDER}-gram counts of the text's first half.",
             metric="loss",
             unit="bits per byte",
             better="lower",
-            estimate=ours.estimate,
-            interval=ours.bounds,
-            interval_method="bootstrap",
-            n=ours.n,
-            control=Control(_NGRAM, theirs.estimate, theirs.bounds),
+            control=Control.of(_NGRAM, theirs),
             command=self.audit.command(self.name),
             figures=("loss.position",),
         )
@@ -123,25 +120,24 @@ class Loss(Part):
         correct = (self._rows["top"] == self._rows["tokens"][:, 1:]).astype(np.float64)
         seed = self.audit.config.seed
         windows = np.repeat(np.arange(len(confidence)), confidence.shape[1])
-        measured = bootstrap(ece, confidence.ravel(), correct.ravel(), clusters=windows, draws=200, seed=seed)
-        ideal = _ideal_ece(confidence.ravel(), seed)
+        measured = bootstrap(ece, confidence.ravel(), correct.ravel(), clusters=windows, draws=200, seed=seed).scaled(
+            100
+        )
+        ideal = _ideal_ece(confidence.ravel(), seed).scaled(100)
         gap = float(confidence.mean() - correct.mean())
         miscalibrated = measured.low > ideal.high
         how = (
             ("more" if gap > 0 else "less") + " sure than it should be" if miscalibrated else "as sure as it should be"
         )
-        finding = Finding(
+        finding = Finding.of(
+            measured,
             id="loss.calibration",
             chapter=self.name,
             sentence=f"It is {how} of its most likely token.",
             metric="expected calibration error",
             unit="points of probability",
             better="none",
-            estimate=100 * measured.estimate,
-            interval=(100 * measured.low, 100 * measured.high),
-            interval_method="bootstrap",
-            n=measured.n,
-            control=Control("perfectly calibrated twin", 100 * ideal.estimate, (100 * ideal.low, 100 * ideal.high)),
+            control=Control.of("perfectly calibrated twin", ideal),
             command=self.audit.command(self.name),
             figures=("loss.calibration",),
         )
@@ -177,7 +173,8 @@ class Loss(Part):
         early, late = (0, _EARLY), (edges[-2], edges[-1])
         gain, control = (_gain(values, early, late, self.audit.config.seed) for values in (bits, baseline))
         helps = gain.low > control.high
-        finding = Finding(
+        finding = Finding.of(
+            gain,
             id="loss.context",
             chapter=self.name,
             sentence=(
@@ -191,11 +188,7 @@ class Loss(Part):
             metric="loss saved by context",
             unit="bits per token",
             better="higher",
-            estimate=gain.estimate,
-            interval=gain.bounds,
-            interval_method="bootstrap",
-            n=gain.n,
-            control=Control(_NGRAM, control.estimate, control.bounds),
+            control=Control.of(_NGRAM, control),
             command=self.audit.command(self.name),
             figures=("loss.position",),
         )
