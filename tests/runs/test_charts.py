@@ -132,3 +132,16 @@ def test_a_matrix_names_every_row_and_column():
     made = charts.heat(cells, x="x", y="y", value="v", x_labels=names, y_labels=names, **WORDS)
     picture = charts.svg(charts.spec(made))
     assert all(picture.count(f">{name}</text>") == 2 for name in names)
+
+
+def test_control_characters_in_labels_are_spelled_out_instead_of_ending_the_process():
+    rows = [{"x": 0, "y": 1.0, "of": "\x1f token"}, {"x": 1, "y": 2.0, "of": "\x1f token"}]
+    chart = chart_kinds.lines(rows, x="x", y="y", series="of", title="T", subtitle="s", x_title="x", y_title="y")
+    assert "\\x1f token" in charts.svg(charts.spec(chart))
+
+
+def test_every_colour_of_the_page_has_a_fixed_value():
+    from sonde.runs import palette
+
+    names = [declared.split(":")[0] for declared in palette.variables("light").split(";")]
+    assert "var(" not in palette.fixed(" ".join(f"var({name})" for name in names))

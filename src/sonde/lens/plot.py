@@ -19,7 +19,7 @@ from sonde.files import replacing, write_text
 from sonde.lens.trajectory import Trajectory
 from sonde.lm.model import LanguageModel
 from sonde.runs.charts import MOST_POINTS, VEGA_LITE, png, spec
-from sonde.runs.palette import DIVERGING, LIGHT, SEQUENTIAL, fixed
+from sonde.runs.palette import LIGHT, fixed
 from sonde.runs.report.numbers import number
 
 _NAMES = {
@@ -239,11 +239,7 @@ def _plain(statistic: str) -> str:
 
 def _light(chart: Any) -> dict[str, Any]:
     """The spec with the cell colours of the light theme, for pictures that stand outside a page."""
-    text = json.dumps(spec(chart))
-    for prefix, scale in (("s", SEQUENTIAL["light"]), ("d", DIVERGING["light"])):
-        for step, colour in enumerate(scale):
-            text = text.replace(f"var(--{prefix}{step})", colour)
-    return json.loads(fixed(text))
+    return json.loads(fixed(json.dumps(spec(chart))))
 
 
 def _width(chart: Any) -> int:

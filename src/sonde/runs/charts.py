@@ -23,6 +23,7 @@ MOST_POINTS = 2000
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 VEGA_LITE = "6.4"
 
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _AUTOMATIC_NAME = re.compile(r"\b(view|param|selector)_\d+\b")
 
 
@@ -167,7 +168,7 @@ def _datasets(given: Mapping[str, Any]) -> list[Sequence[Any]]:
 
 
 def _without_nan(node: Any) -> tuple[Any, int]:
-    """`node` with None for every number that is not finite, and how many there were."""
+    """`node` with None for every number that is not finite, and how many there were; control characters spelled out."""
     if isinstance(node, Mapping):
         pairs = {key: _without_nan(value) for key, value in node.items()}
         return {key: value for key, (value, _) in pairs.items()}, sum(count for _, count in pairs.values())
@@ -178,6 +179,9 @@ def _without_nan(node: Any) -> tuple[Any, int]:
         node = node.item()
     if isinstance(node, float) and not math.isfinite(node):
         return None, 1
+    if isinstance(node, str):
+        # Control characters are not XML: the renderer would abort the whole process.
+        return _CONTROL_CHARACTER.sub(lambda found: f"\\x{ord(found[0]):02x}", node), 0
     return node, 0
 
 

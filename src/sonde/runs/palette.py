@@ -48,14 +48,18 @@ _VARIABLE = re.compile(r"var\(--([a-z0-9-]+)\)")
 
 def variables(theme: str) -> str:
     """The CSS declarations of one theme ("light" or "dark")."""
-    roles = {
-        **(LIGHT if theme == "light" else DARK),
-        **{f"s{i}": colour for i, colour in enumerate(SEQUENTIAL[theme])},
-        **{f"d{i}": colour for i, colour in enumerate(DIVERGING[theme])},
-    }
-    return ";".join(f"--{role}:{colour}" for role, colour in roles.items())
+    return ";".join(f"--{role}:{colour}" for role, colour in _roles(theme).items())
 
 
 def fixed(text: str) -> str:
     """`text` with every colour variable replaced by its light value, for pictures that stand outside a page."""
-    return _VARIABLE.sub(lambda match: LIGHT[match[1]], text)
+    roles = _roles("light")
+    return _VARIABLE.sub(lambda match: roles[match[1]], text)
+
+
+def _roles(theme: str) -> dict[str, str]:
+    return {
+        **(LIGHT if theme == "light" else DARK),
+        **{f"s{i}": colour for i, colour in enumerate(SEQUENTIAL[theme])},
+        **{f"d{i}": colour for i, colour in enumerate(DIVERGING[theme])},
+    }

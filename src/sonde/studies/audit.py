@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Model, Name, Names, Text
-from sonde.studies.running import Runnable, open_run, publish, require_folder
+from sonde.studies.running import Runnable, check_options, halves, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.runs.blocks import Chapter
@@ -72,7 +72,7 @@ def audit(config: AuditConfig) -> Path:
     from sonde.studies.chapters.part import Audit
 
     kinds = chosen(config.chapters)
-    require_folder(config)
+    check_options(config)
     lm = load(
         config.model,
         dtype=config.dtype,
@@ -84,7 +84,7 @@ def audit(config: AuditConfig) -> Path:
     if lm.tokenizer is None:
         raise SondeError(f"{config.model} has no tokenizer, so it reads no text: save one beside the weights")
     text = TokenBatches(config.text, lm.tokenizer, context=min(_CONTEXT, lm.context), limit_tokens=config.tokens)
-    fit, held = text.split(0.5)
+    fit, held = halves(text, describe(config.text))
     with open_run("audit", config, lm) as run:
         under_way = Audit(config, lm, fit, held, run)
         parts, failures = _prepared(kinds, under_way)

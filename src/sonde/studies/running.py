@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sonde.runs.blocks import Chapter
     from sonde.runs.run import Run
 
+_LEAST_ROWS = 4
+
 
 class Runnable:
     """What the config dataclasses of studies share; they have fields `out`, `resume` and `seed`."""
@@ -52,7 +54,7 @@ def open_run(study: str, config: Any, lm: "LanguageModel") -> "Run":
     """
     from sonde.runs.run import Run, new_folder
 
-    require_folder(config)
+    check_options(config)
     folder = config.out or new_folder("runs", f"{study}-{lm.name}")
     command = [*config.command(), "--out", str(folder)]
     again = shlex.join([*command, "--resume"])
@@ -69,10 +71,27 @@ def open_run(study: str, config: Any, lm: "LanguageModel") -> "Run":
     )
 
 
-def require_folder(config: Any) -> None:
-    """Raise `SondeError` for --resume without --out, before anything is loaded."""
+def check_options(config: Any) -> None:
+    """Raise `SondeError` for what is wrong with the options themselves, before anything is loaded."""
     if config.resume and config.out is None:
         raise SondeError("--resume needs --out FOLDER, the folder of the run to go on with")
+    if config.tokens < 2:
+        raise SondeError(f"--tokens is {config.tokens}: give the number of tokens to read, such as 65536")
+    if not 0 <= config.seed < 2**63:
+        raise SondeError(f"--seed is {config.seed}: give a number from 0 to {2**63 - 1}")
+
+
+def halves(text: "TokenBatches", source: str) -> "tuple[TokenBatches, TokenBatches]":
+    """The first half of a text's rows, for fitting, and the second, held.
+
+    Raises `SondeError` for fewer than two rows in each: with one held there is no interval.
+    """
+    if text.n_chunks < _LEAST_ROWS:
+        raise SondeError(
+            f"{text.n_chunks * text.context} tokens of {source} are too few: at least {_LEAST_ROWS * text.context} are "
+            f"needed ({_LEAST_ROWS} windows of {text.context}); give more text or a larger --tokens"
+        )
+    return text.split(0.5)
 
 
 def publish(

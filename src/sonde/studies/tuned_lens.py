@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Model, Name, Names, Text
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, open_run, publish, require_folder
+from sonde.studies.running import Runnable, check_options, halves, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.lens.evaluation import LensEvaluation, LensScores
@@ -82,12 +82,12 @@ def tuned_lens(config: TunedLensConfig) -> Path:
     unknown = [name for name in chosen if name not in LENSES]
     if unknown or "logit" not in chosen or len(set(chosen)) < 2:
         raise SondeError(f"--lenses takes logit and at least one of {', '.join(LENSES[1:])}, not {' '.join(chosen)}")
-    require_folder(config)
+    check_options(config)
     lm = load(config.model, dtype=config.dtype, device=config.device)
     if lm.tokenizer is None:
         raise SondeError(f"{config.model} has no tokenizer, so it reads no text: save one beside the weights")
     text = TokenBatches(config.text, lm.tokenizer, context=min(512, lm.context), limit_tokens=config.tokens)
-    fit, held = text.split(0.5)
+    fit, held = halves(text, describe(config.text))
     with open_run("tuned-lens", config, lm) as run:
         lenses, seconds = {}, {}
         for name in chosen:

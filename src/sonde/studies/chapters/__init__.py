@@ -24,8 +24,10 @@ CHAPTERS = {
 def chosen(names: tuple[str, ...] | None) -> list["type[Part]"]:
     """The classes of the named chapters in the report's order; all of them for None.
 
-    Raises `SondeError` for a name that does not exist.
+    Raises `SondeError` for a name that does not exist, and for no name at all.
     """
+    if names == ():
+        raise SondeError(f"--chapters names none: the audit has {', '.join(CHAPTERS)}")
     for name in names or ():
         if name not in CHAPTERS:
             raise SondeError(f"there is no chapter {name!r}: the audit has {', '.join(CHAPTERS)}")

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sonde.studies.audit import AuditConfig
 
 NGRAM_ORDER = 5
-_LENS_STEPS = 60  # half of the default: most of an audit is the training of its lens
 
 
 class Audit:
@@ -60,7 +59,6 @@ class Audit:
     @cached_property
     def lens(self) -> "TunedLens":
         """A tuned lens on the input of every block, fitted on the fitting half; resumed where it stood."""
-        from sonde.lens.descent import LensTraining
         from sonde.lens.tuned import TunedLens
 
         kept = self.run.path("lens")
@@ -68,8 +66,7 @@ class Audit:
             return TunedLens.load(kept, self.lm)
         with self.timed("tuned lens"):
             checkpoint = self.run.checkpoint("lens")
-            settings = LensTraining(steps=_LENS_STEPS, seed=self.config.seed)
-            lens = TunedLens.fit(self.lm, self.fit, settings, checkpoint=checkpoint, progress="tuned lens")
+            lens = TunedLens.fit(self.lm, self.fit, checkpoint=checkpoint, seed=self.config.seed, progress="tuned lens")
             lens.save(kept)
             checkpoint.unlink(missing_ok=True)
             return lens
