@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import jsonschema
 import polars as pl
 import pytest
+import torch
 from families import tiny
 from kill_and_resume import disturb, numbers
+from transformers import BertConfig, T5Config
 
 from sonde.cli import main
 from sonde.errors import SondeError
@@ -18,6 +22,7 @@ from sonde.studies.chapters import CHAPTERS
 
 MODEL = "organism:pebble"
 TOKENS = 8192
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +63,6 @@ def test_the_command_of_a_chapter_gives_its_numbers_again(report, tmp_path):
 
 def test_loss_is_that_of_a_plain_forward_pass(report):
     import math
-
-    import torch
 
     import sonde
     from sonde.lm.batches import TokenBatches
@@ -102,8 +105,17 @@ def bad(tmp_path_factory) -> Path:
     (root / "empty.txt").write_text("")
     (root / "short.txt").write_text("Too short.")
     (root / "latin.txt").write_bytes("café".encode("latin-1") * 100)
+    (root / "bytes.txt").write_bytes(bytes(range(256)) * 100)
+    (root / "zeros.txt").write_bytes(bytes(5000))
+    (root / "bad.jsonl").write_text('{"text": "good"}\n{"text":\n')
     (root / "no-config").mkdir()
-    tiny("gpt2").save_pretrained(root / "no-tokenizer")
+    for name in ("no-tokenizer", "torn", "pickle"):
+        tiny("gpt2").save_pretrained(root / name)
+    weights = root / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (root / "pickle" / "model.safetensors").rename(root / "pickle" / "pytorch_model.bin")
+    BertConfig(architectures=["BertModel"]).save_pretrained(root / "encoder")
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(root / "encoder-decoder")
     return root
 
 
@@ -118,7 +130,26 @@ def bad(tmp_path_factory) -> Path:
         ([MODEL, "--text", "empty.txt"], "empty.txt"),
         ([MODEL, "--text", "short.txt"], "fewer than one chunk"),
         ([MODEL, "--text", "latin.txt"], "UTF-8"),
+        ([MODEL, "--text", "bytes.txt"], "UTF-8"),
+        ([MODEL, "--text", "zeros.txt"], "zero bytes"),
+        ([MODEL, "--text", "bad.jsonl"], "bad.jsonl, line 2 is not JSON"),
+        ([MODEL, "--text", "no-config"], "holds no text"),
+        ([""], "name is empty"),
+        (["short.txt"], "is a file"),
+        (["torn"], "the safetensors file is damaged"),
+        (["pickle"], "--allow-pickle"),
+        (["encoder"], "is not a causal language model"),
+        (["encoder-decoder"], "is an encoder-decoder"),
+        ([MODEL, "--tokens", "0"], "--tokens is 0"),
+        ([MODEL, "--tokens", "-5"], "--tokens is -5"),
+        ([MODEL, "--tokens", "10"], "fewer than one chunk"),
+        ([MODEL, "--tokens", "1024"], "1024 tokens of pydoc topics are too few: at least 2048 are needed"),
+        ([MODEL, "--seed", "-1"], "--seed is -1"),
+        ([MODEL, "--chapters"], "--chapters names none"),
+        ([MODEL, "--out", "/proc/run", "--tokens", "2048"], "cannot write to /proc/run"),
         ([MODEL, "--device", "abacus"], "abacus"),
+        ([MODEL, "--device", "meta"], "meta"),
+        pytest.param([MODEL, "--device", "cuda"], "no CUDA device", marks=no_gpu),
         ([MODEL, "--dtype", "int3"], "int3"),
         ([MODEL, "--tokens", "many"], "many"),
         ([MODEL, "--resume"], "--resume needs --out"),
@@ -139,6 +170,34 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_written(bad, words, 
     assert message in lines[0]
     assert "Traceback" not in said
     assert sorted(path.relative_to(bad) for path in bad.rglob("*")) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 300 kB: smaller than a run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "none", disk], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs the right to mount: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(small_disk, capsys):
+    words = [MODEL, "--tokens", "2048", "--chapters", "card", "loss", "--out", str(small_disk / "run")]
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", *words])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sonde: ")]
+    assert ended.value.code == 2 and "cannot write" in line and "No space left" in line
+    assert not list(small_disk.rglob("*.part"))
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", *words, "--resume"])
+    assert not ended.value.code
+    assert (small_disk / "run" / "report.html").exists()
 
 
 def test_the_data_folder_of_a_user_is_read_as_text(tmp_path):

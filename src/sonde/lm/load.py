@@ -95,6 +95,10 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise SondeError(
             f"device {str(device)!r} was asked for, but PyTorch sees no CUDA device here: use --device cpu"
         )
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SondeError(f"device {str(device)!r} cannot be used here: {_first_line(error).split('. ')[0]}") from error
     return device
 
 
