@@ -68,6 +68,7 @@ def test_loss_is_that_of_a_plain_forward_pass(report):
     from sonde.lm.batches import TokenBatches
 
     lm = sonde.load(MODEL)
+    assert lm.tokenizer is not None
     held = TokenBatches(None, lm.tokenizer, context=512, limit_tokens=TOKENS).split(0.5)[1]
     nats = 0.0
     with torch.no_grad():
