@@ -82,13 +82,20 @@ def test_an_error_leaves_a_failed_run_with_its_reason_in_one_line(tmp_path):
     assert read_run(tmp_path / "b")["reason"] == "no text"
 
 
-def test_ctrl_c_leaves_an_interrupted_run_and_says_how_to_go_on(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Send the signal of Ctrl-C, which a shell's background jobs ignore unless they ask for it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_an_interrupted_run_and_says_how_to_go_on(tmp_path, ctrl_c):
     with (
         pytest.raises(KeyboardInterrupt, match="go on with: sonde audit m --resume"),
         start(tmp_path / "a", resume_command="sonde audit m --resume"),
     ):
-        os.kill(os.getpid(), signal.SIGINT)
-        signal.pause()
+        ctrl_c()
     assert read_run(tmp_path / "a")["status"] == "interrupted"
     with Run.resume(tmp_path / "a") as run:
         assert run.resumed
