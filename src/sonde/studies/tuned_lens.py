@@ -242,6 +242,7 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
     from sonde.runs import chart_kinds
     from sonde.runs.blocks import Chapter, Figure
     from sonde.runs.finding import Control, Finding, Paper
+    from sonde.runs.report.numbers import number
     from sonde.stats.intervals import bootstrap
     from sonde.stats.ranks import spearman
 
@@ -288,7 +289,7 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
         [{"similarity": float(a), "penalty": float(b)} for a, b in zip(x, y, strict=True)],
         x="similarity",
         y="penalty",
-        title=f"Rank correlation {rho.estimate:.2f}: the more alike two layers vary, the smaller the penalty",
+        title=f"Rank correlation {number(rho.estimate, 2)}: the more alike two layers vary, the smaller the penalty",
         subtitle="Each dot is an ordered pair of layers; lower is better",
         x_title="cosine of the layers' covariances",
         y_title="transfer penalty (bits)",
