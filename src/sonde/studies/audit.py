@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Model, Name, Names, Text
-from sonde.studies.running import Runnable, check_options, halves, open_run, publish
+from sonde.studies.running import Runnable, check_options, halves, open_run, publish, read_text
 
 if TYPE_CHECKING:
     from sonde.runs.blocks import Chapter
     from sonde.studies.chapters.part import Audit, Part
 
-_CONTEXT = 512
 _SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 
@@ -66,7 +65,6 @@ def audit(config: AuditConfig) -> Path:
     Raises `SondeError` for anything wrong with the model, the text, the chapters or the folder, before any work.
     """
     from sonde.data.text import describe
-    from sonde.lm.batches import TokenBatches
     from sonde.organisms.loading import load
     from sonde.studies.chapters import chosen
     from sonde.studies.chapters.part import Audit
@@ -81,9 +79,7 @@ def audit(config: AuditConfig) -> Path:
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
     )
-    if lm.tokenizer is None:
-        raise SondeError(f"{config.model} has no tokenizer, so it reads no text: save one beside the weights")
-    text = TokenBatches(config.text, lm.tokenizer, context=min(_CONTEXT, lm.context), limit_tokens=config.tokens)
+    text = read_text(config, lm)
     fit, held = halves(text, describe(config.text))
     with open_run("audit", config, lm) as run:
         under_way = Audit(config, lm, fit, held, run)

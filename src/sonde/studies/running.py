@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sonde.runs.run import Run
 
 _LEAST_ROWS = 4
+_CONTEXT = 512
+_TOKENS = 4096  # in a batch, if its logits are
+_LOGITS = 1 << 27  # no more than these
 
 
 class Runnable:
@@ -79,6 +82,21 @@ def check_options(config: Any) -> None:
         raise SondeError(f"--tokens is {config.tokens}: give the number of tokens to read, such as 65536")
     if not 0 <= config.seed < 2**63:
         raise SondeError(f"--seed is {config.seed}: give a number from 0 to {2**63 - 1}")
+
+
+def read_text(config: Any, lm: "LanguageModel") -> "TokenBatches":
+    """The text of `config` as windows for `lm`, in batches whose logits take half a gigabyte at most."""
+    from sonde.lm.batches import TokenBatches
+
+    if lm.tokenizer is None:
+        raise SondeError(f"{config.model} has no tokenizer, so it reads no text: save one beside the weights")
+    return TokenBatches(
+        config.text,
+        lm.tokenizer,
+        context=min(_CONTEXT, lm.context),
+        tokens_per_batch=min(_TOKENS, _LOGITS // lm.vocab_size),
+        limit_tokens=config.tokens,
+    )
 
 
 def halves(text: "TokenBatches", source: str) -> "tuple[TokenBatches, TokenBatches]":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Model, Name, Names, Text
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, halves, open_run, publish
+from sonde.studies.running import Runnable, check_options, halves, open_run, publish, read_text
 
 if TYPE_CHECKING:
     from sonde.lens.evaluation import LensEvaluation, LensScores
@@ -74,7 +74,6 @@ def tuned_lens(config: TunedLensConfig) -> Path:
     """
     from sonde.data.text import describe
     from sonde.lens.evaluation import LensEvaluation
-    from sonde.lm.batches import TokenBatches
     from sonde.lm.stream import feed
     from sonde.organisms.loading import load
 
@@ -84,9 +83,7 @@ def tuned_lens(config: TunedLensConfig) -> Path:
         raise SondeError(f"--lenses takes logit and at least one of {', '.join(LENSES[1:])}, not {' '.join(chosen)}")
     check_options(config)
     lm = load(config.model, dtype=config.dtype, device=config.device)
-    if lm.tokenizer is None:
-        raise SondeError(f"{config.model} has no tokenizer, so it reads no text: save one beside the weights")
-    text = TokenBatches(config.text, lm.tokenizer, context=min(512, lm.context), limit_tokens=config.tokens)
+    text = read_text(config, lm)
     fit, held = halves(text, describe(config.text))
     with open_run("tuned-lens", config, lm) as run:
         lenses, seconds = {}, {}

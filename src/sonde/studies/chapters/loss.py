@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from sonde.lm.stream import Batch
 from sonde.runs import chart_kinds
@@ -47,15 +49,17 @@ class Loss(Part):
 
     def update(self, batch: Batch) -> None:
         """Keep loss, top token and its probability for every scored token."""
-        logp = batch.acts["logits"][:, :-1].float().log_softmax(-1)
-        targets = batch.tokens[:, 1:].to(logp.device)
-        top = logp.max(-1)
+        # Row by row: log-probabilities of a whole batch would double the memory that its logits take.
+        rows = [
+            _scored(logits[:-1], tokens[1:]) for logits, tokens in zip(batch.acts["logits"], batch.tokens, strict=True)
+        ]
+        nll, top, confidence = (torch.stack(column) for column in zip(*rows, strict=True))
         baseline = -self.audit.ngram.log_prob(batch.tokens.cpu())[:, 1:]
         self._rows.add("tokens", batch.tokens)
         self._rows.add("bytes", batch.n_bytes)
-        self._rows.add("nll", -logp.gather(-1, targets[..., None])[..., 0])
-        self._rows.add("top", top.indices)
-        self._rows.add("confidence", top.values.exp())
+        self._rows.add("nll", nll)
+        self._rows.add("top", top)
+        self._rows.add("confidence", confidence)
         self._rows.add("baseline", torch.from_numpy(baseline.astype(np.float32)))
 
     def state(self) -> Any:
@@ -238,6 +242,15 @@ class Loss(Part):
             ],
             rows=rows,
         )
+
+
+def _scored(
+    logits: Float[Tensor, "pos vocab"], targets: Int[Tensor, " pos"]
+) -> tuple[Float[Tensor, " pos"], Int[Tensor, " pos"], Float[Tensor, " pos"]]:
+    """Surprisal of the targets in nats, the most likely tokens, and their probabilities."""
+    logp = logits.float().log_softmax(-1)
+    top = logp.max(-1)
+    return -logp.gather(-1, targets[:, None])[:, 0], top.indices, top.values.exp()
 
 
 def _bins(length: int) -> list[int]:
