@@ -95,6 +95,7 @@ def test_an_audit_is_resumed_with_its_own_options_only(report):
         audit(AuditConfig(MODEL, tokens=TOKENS * 2, out=report.parent, resume=True))
 
 
+@pytest.mark.timeout(1800)
 def test_killed_audits_end_with_the_numbers_of_one_that_was_left_alone(tmp_path):
     assert disturb(tmp_path, kills=2, audit=(MODEL, "--tokens", "4096", "--chapters", "loss", "depth"), seed=1)
 
