@@ -1,0 +1,1 @@
+"""Concepts: find them, erase them, scrub them, steer them."""
