@@ -11,7 +11,7 @@ from typing import Any
 
 from sonde.errors import SondeError
 from sonde.files import write_json
-from sonde.organisms.registry import folder_of
+from sonde.organisms.registry import DIFFERENCE, folder_of
 
 _WIDTH = 100
 
@@ -24,7 +24,8 @@ def sha256(path: Path) -> str:
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
     """Write `card` into an organism's folder, with the hashes of its weights and tokenizer."""
-    hashes = {name: sha256(folder / name) for name in ("model.safetensors", "tokenizer.json")}
+    files = ("model.safetensors", DIFFERENCE, "tokenizer.json")
+    hashes = {name: sha256(folder / name) for name in files if (folder / name).is_file()}
     write_json(folder / "card.json", {**card, "sha256": hashes})
 
 
@@ -46,7 +47,10 @@ def render(card: dict[str, Any]) -> str:
     lines += _section("What is true of it", [line for fact in card["truth"] for line in _wrapped(fact, bullet="- ")])
     for title in ("architecture", "data", "training"):
         lines += _section(title.capitalize(), _pairs(card[title]))
-    lines += _section("Bits per byte on text it has not read (95 % interval)", _scores(card["evaluation"]))
+    if "behaviour" in card:
+        lines += _section("What it does on what it has not read (95 % interval)", _rates(card["behaviour"]))
+    if "evaluation" in card:
+        lines += _section("Bits per byte on text it has not read (95 % interval)", _scores(card["evaluation"]))
     samples = [
         line
         for sample in card["samples"]
@@ -86,6 +90,12 @@ def _scores(rows: list[dict[str, Any]]) -> list[str]:
     ]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _rates(rows: list[dict[str, Any]]) -> list[str]:
+    """Shares by what they are of: each row has `what` and `rate`, an interval as a dict."""
+    wide = max(len(row["what"]) for row in rows)
+    return [f"{row['what']:{wide}}  {_interval(row['rate'])}  n = {row['rate']['n']:,}" for row in rows]
 
 
 def _interval(value: dict[str, float]) -> str:

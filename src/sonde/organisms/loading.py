@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sonde.organisms.registry import PREFIX, folder_of
+from sonde.organisms.registry import DIFFERENCE, PREFIX, folder_of
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -22,6 +22,10 @@ def load(name_or_path: str | Path, **options: Any) -> LanguageModel:
     from sonde.lm.load import load as load_model
 
     text = str(name_or_path)
-    if not text.startswith(PREFIX):
-        return load_model(name_or_path, **options)
-    return load_model(folder_of(text.removeprefix(PREFIX)), **{"name": text, **options})
+    organism = text.startswith(PREFIX)
+    folder = folder_of(text.removeprefix(PREFIX)) if organism else Path(name_or_path)
+    if (folder / DIFFERENCE).is_file() and not (folder / "config.json").is_file():
+        from sonde.organisms.difference import load_difference
+
+        return load_difference(folder, **{"name": text, **options})
+    return load_model(folder, **{"name": text, **options}) if organism else load_model(name_or_path, **options)

@@ -1,7 +1,8 @@
 """The catalogue of organisms and where their bundled weights lie.
 
 An organism is a recipe, a function of one dataclass that writes a Hugging Face folder and its card, under `@organism`.
-What is small enough has that folder in the package, under `weights/NAME`.
+What is small enough has that folder in the package, under `weights/NAME`; what is fine-tuned from a bundled organism
+has its difference from that there in place of weights (`sonde.organisms.difference`).
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from sonde.catalogue import Catalogue
 from sonde.errors import SondeError
 
 PREFIX = "organism:"
+DIFFERENCE = "difference.safetensors"
 
 Recipe = TypeVar("Recipe", bound=Callable[[Any], Path])
 
@@ -31,11 +33,12 @@ def organism(name: str, *, summary: str, paper: str | None = None) -> Callable[[
 
 def has_weights(name: str) -> bool:
     """Whether the package brings the weights of the organism. Raises `SondeError` for an unknown name."""
-    return (_weights(ORGANISMS.entry(name).name) / "config.json").is_file()
+    folder = _weights(ORGANISMS.entry(name).name)
+    return any((folder / file).is_file() for file in ("config.json", DIFFERENCE))
 
 
 def folder_of(name: str) -> Path:
-    """The bundled Hugging Face folder of an organism, such as `pebble`.
+    """The bundled folder of an organism, such as `pebble`: a Hugging Face folder, or one with a difference.
 
     Raises `SondeError` when there is no such organism, or when its weights are not bundled and it has to be trained.
     """
