@@ -79,6 +79,51 @@ def test_replacing_a_row_by_another_rows_activations_transplants_it(family, site
         assert torch.allclose(edited["logits"][0], clean["logits"][1], atol=1e-4)
 
 
+PRE_NORM = ("gpt2", "gpt_neox", "llama", "gemma2", "opt", "bloom", "falcon", "mamba2", "rwkv", "jamba", "falcon_h1")
+PRE_NORM += ("granitemoehybrid", "xlstm", "lfm2")
+
+
+@pytest.mark.parametrize("family", PRE_NORM)
+def test_what_a_part_is_given_is_the_output_of_a_norm_of_its_block(family):
+    lm, ids = model(family), tokens()
+    outputs = []
+    norms = [child for child in lm.structure.blocks[1].modules() if "Norm" in type(child).__name__]
+    hooks = [norm.register_forward_hook(lambda module, args, out: outputs.append(out)) for norm in norms]
+    with lm.reading("mixer_in.1", "mlp_in.1") if "mlp_in.1" in lm.sites else lm.reading("mixer_in.1") as acts:
+        lm(ids)
+    for hook in hooks:
+        hook.remove()
+    for site, act in acts.items():
+        assert any(out.numel() == act.numel() and torch.equal(out.view_as(act), act) for out in outputs), site
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_adds_what_its_parts_inputs_decide(family):
+    lm = model(family)
+    assert "mixer_in.1" in lm.sites
+    inputs = lm.check().inputs
+    assert inputs is not None
+    if family == "rwkv":  # its first block also normalises the embedding
+        assert inputs > lm.check().tolerance
+    else:
+        assert inputs <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "mamba2", "falcon_h1"])
+def test_an_edit_of_an_input_leaves_the_stream_alone_until_the_part_has_run(family):
+    lm, ids = model(family), tokens()
+    with lm.reading("resid_post.0", "resid_pre.1", "mixer_in.1", "resid_post.1") as clean:
+        lm(ids)
+    with (
+        lm.editing({"mixer_in.1": torch.zeros_like}),
+        lm.reading("resid_post.0", "resid_pre.1", "mixer_in.1", "resid_post.1") as edited,
+    ):
+        lm(ids)
+    assert torch.equal(edited["resid_pre.1"], clean["resid_pre.1"])
+    assert edited["mixer_in.1"].abs().sum() == 0
+    assert not torch.allclose(edited["resid_post.1"], clean["resid_post.1"], atol=1e-3)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "falcon", "opt", "mamba2", "rwkv", "falcon_h1"])
 def test_an_identity_edit_changes_nothing(family):
     lm, ids = model(family), tokens()

@@ -3,6 +3,7 @@
     unembedding    U(resid_post[L-1]) = logits
     stream         resid_pre[i+1] = resid_post[i]
     parts          resid_post[i] - resid_pre[i] = mixer_out[i] + mlp_out[i]   (reported, not required)
+    inputs         given another row's mixer_in[i] and mlp_in[i], a row adds what that row adds   (reported)
     early stop     a pass that stops reads what a whole pass reads
     continuation   a run split by the cache = the whole run, see `sonde.lm.continuation`
     clone          continuing from a clone leaves the original as it was
@@ -44,7 +45,7 @@ _PREFIX, _SUFFIX = 4, 4
 class Check:
     """Measured errors of one model, each relative to the largest number that it is compared with.
 
-    `parts` is None where no block has a mixer that can be read. `clone` and `states` (the smallest change of the last
+    `parts` and `inputs` are None where no block has a mixer that can be read. `clone` and `states` (the smallest change of the last
     suffix token's logits, by part) are None and empty where the model cannot be continued.
     """
 
@@ -52,6 +53,7 @@ class Check:
     unembedding: float
     stream: float
     parts: float | None
+    inputs: float | None
     early_stop: float
     clone: float | None
     states: Mapping[str, float]
@@ -111,6 +113,8 @@ class Check:
             notes.append("the blocks' parts cannot be read one by one")
         elif not self.parts <= self.tolerance:
             notes.append(f"mixer_out + mlp_out differs by {_number(self.parts)} from what a block adds (of its scale)")
+        if self.inputs is not None and not self.inputs <= self.tolerance:
+            notes.append(f"a block adds what mixer_in and mlp_in do not decide: {_number(self.inputs)} of its scale")
         return tuple(notes)
 
     def table(self) -> list[tuple[str, str, str, str]]:
@@ -125,6 +129,9 @@ class Check:
         if self.parts is not None:
             verdict = "yes" if self.parts <= self.tolerance else "no (reported only)"
             rows.append(("mixer + MLP = what a block adds", _number(self.parts), limit, verdict))
+        if self.inputs is not None:
+            verdict = "yes" if self.inputs <= self.tolerance else "no (reported only)"
+            rows.append(("mixer_in and mlp_in decide what a block adds", _number(self.inputs), limit, verdict))
         rows += [
             _row("1 token after the cache = whole run", how.one, how.tolerance),
             _row("4 tokens after the cache, one by one = whole run", how.step, how.tolerance),
@@ -163,7 +170,7 @@ def self_check(lm: "LanguageModel") -> Check:
     Raises `SondeError` where the model cannot run at all in its number type on its device.
     """
     tokens = random_tokens(lm.model, _PREFIX + _SUFFIX)
-    kinds = {"resid_pre", "resid_post", "mixer_out", "mlp_out", "logits"}
+    kinds = {"resid_pre", "resid_post", "mixer_in", "mixer_out", "mlp_in", "mlp_out", "logits"}
     last, middle = lm.n_layers - 1, f"resid_post.{lm.n_layers // 2}"
     try:
         with lm.reading(*(site for site in lm.sites if site.partition(".")[0] in kinds)) as acts:
@@ -181,6 +188,7 @@ def self_check(lm: "LanguageModel") -> Check:
         unembedding=difference(lm.unembed(acts[f"resid_post.{last}"]), acts["logits"]),
         stream=max((difference(acts[f"resid_pre.{i + 1}"], acts[f"resid_post.{i}"]) for i in range(last)), default=0.0),
         parts=_parts(acts, lm.n_layers),
+        inputs=_inputs(lm, tokens, acts),
         early_stop=difference(stopped[middle], acts[middle]),
         clone=clone,
         states=states,
@@ -211,6 +219,24 @@ def _parts(acts: Mapping[str, Tensor], n_layers: int) -> float | None:
         if parts:
             errors.append(difference(sum(parts[1:], parts[0]), acts[f"resid_post.{i}"] - acts[f"resid_pre.{i}"]))
     return max(errors, default=None)
+
+
+def _inputs(lm: "LanguageModel", tokens: Tensor, acts: Mapping[str, Tensor]) -> float | None:
+    """What rows of exchanged inputs add, block by block, against what the other row adds."""
+    layers = [i for i in range(lm.n_layers) if f"mixer_in.{i}" in acts]
+    if not layers:
+        return None
+    given = {site: acts[site].flip(0) for site in acts if site.startswith(("mixer_in", "mlp_in"))}
+    edits = {site: lambda h, new=new: new for site, new in given.items()}
+    with lm.editing(edits), lm.reading("resid_*") as exchanged:
+        lm(tokens)
+    return max(
+        difference(
+            exchanged[f"resid_post.{i}"] - exchanged[f"resid_pre.{i}"],
+            (acts[f"resid_post.{i}"] - acts[f"resid_pre.{i}"]).flip(0),
+        )
+        for i in layers
+    )
 
 
 def _row(what: str, error: float, allowed: float) -> tuple[str, str, str, str]:

@@ -2,8 +2,9 @@
 
 The blocks are the outermost `ModuleList` as long as the configuration's layer count; the final norm is the norm beside
 it; the head is what transformers calls the output embedding. Inside a block, the mixer (attention or recurrence) and
-the MLP are the children that carry one of the field's few names. The self-check measures whether what was found is
-right.
+the MLP are the children that carry one of the field's few names. What a part is given is read at its own input, or,
+where several parts side by side are given the same, at the output of the norm in front of them. The self-check measures
+whether what was found is right.
 """
 
 import inspect
@@ -20,11 +21,24 @@ _MIXER = re.compile(
 )
 _MLP = re.compile(r"mlp|feed_forward|ffn|mlp_block|block_sparse_moe|moe|fc2|feedforward")
 _LAST_PROJECTION = ("dense", "dense_4h_to_h")
+_FIRST_OF = {"fc2": "fc1"}  # OPT's block holds the two halves of its MLP itself
+# Beside the MLP that `_MLP` names, and given the same.
+_BESIDE_MLP = re.compile(r"shared_mlp|shared_expert|dense_mlp")
+_MIXER_NORM = re.compile(r"input_layernorm|ln_?1|norm1?|operator_norm|temporal_pre_norm")
+_MLP_NORM = re.compile(r"post_attention_layernorm|pre_ff_layernorm|pre_feedforward_layernorm|ffn_norm|ln_?2|norm2")
 # Blocks that also normalise what they add: the norm behind the mixer, and the one behind the MLP that gives it away.
 _NORM_AFTER = {
     "post_attention_layernorm": "post_feedforward_layernorm",
     "post_self_attn_layernorm": "post_mlp_layernorm",
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in the network: the input of a module, or its output."""
+
+    module: nn.Module
+    at_input: bool
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,8 @@ class Structure:
     head: nn.Linear
     mixers: tuple[nn.Module | None, ...]  # one a block; None where a block has none, or several in parallel
     mlps: tuple[nn.Module | None, ...]
+    mixer_inputs: tuple[Place | None, ...]  # what the mixers of each block are given: the output of the norm before
+    mlp_inputs: tuple[Place | None, ...]
 
 
 def find_structure(model: PreTrainedModel) -> Structure:
@@ -73,6 +89,8 @@ def find_structure(model: PreTrainedModel) -> Structure:
         head=head,
         mixers=tuple(_part(block, _MIXER, _NORM_AFTER) for block in blocks),
         mlps=tuple(_part(block, _MLP, {mlp: mixer for mixer, mlp in _NORM_AFTER.items()}) for block in blocks),
+        mixer_inputs=tuple(_input(block, _MIXER, _MIXER_NORM) for block in blocks),
+        mlp_inputs=tuple(_input(block, _MLP, _MLP_NORM) for block in blocks),
     )
 
 
@@ -95,3 +113,14 @@ def _part(block: nn.Module, names: re.Pattern[str], norms: dict[str, str]) -> nn
     if "residual" in inspect.signature(part.forward).parameters:  # BLOOM: the part adds the residual itself
         return next(getattr(part, name) for name in _LAST_PROJECTION if hasattr(part, name))
     return next((children[own] for own, pair in norms.items() if own in children and pair in children), part)
+
+
+def _input(block: nn.Module, names: re.Pattern[str], norms: re.Pattern[str]) -> Place | None:
+    """Where what a block's mixer or MLP is given can be read and edited."""
+    children = dict(block.named_children())
+    found = [name for name in children if names.fullmatch(name)]
+    beside = [name for name in children if names is _MLP and _BESIDE_MLP.fullmatch(name)]
+    if len(found) == 1 and not beside:
+        return Place(children[_FIRST_OF.get(found[0], found[0])], at_input=True)
+    before = [name for name in children if norms.fullmatch(name)]
+    return Place(children[before[0]], at_input=False) if found and len(before) == 1 else None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sonde.errors import SondeError
 from sonde.lm.state import Cache
-from sonde.lm.structure import Structure
+from sonde.lm.structure import Place, Structure
 
 Edit = Callable[[Any], Any]
 Positions = int | slice | Sequence[int] | None
@@ -102,13 +102,17 @@ class Taps:
     def __init__(self, structure: Structure, name: str) -> None:
         self._name = name
         self._depth = len(structure.blocks)
-        self._points: dict[str, tuple[nn.Module, bool]] = {"embed": (structure.embedding, False)}
+        self._points: dict[str, Place] = {"embed": Place(structure.embedding, at_input=False)}
         for i, block in enumerate(structure.blocks):
-            self._points[f"resid_pre.{i}"] = (block, True)
-            for kind, part in (("mixer_out", structure.mixers[i]), ("mlp_out", structure.mlps[i])):
-                if part is not None:
-                    self._points[f"{kind}.{i}"] = (part, False)
-            self._points[f"resid_post.{i}"] = (block, False)
+            places = {
+                "resid_pre": Place(block, at_input=True),
+                "mixer_in": structure.mixer_inputs[i],
+                "mixer_out": _output(structure.mixers[i]),
+                "mlp_in": structure.mlp_inputs[i],
+                "mlp_out": _output(structure.mlps[i]),
+                "resid_post": Place(block, at_input=False),
+            }
+            self._points |= {f"{kind}.{i}": place for kind, place in places.items() if place is not None}
         states = (f"state.{i}" for i in range(self._depth))
         self.sites: tuple[str, ...] = (*self._points, *states, "logits")
         self._readings: list[_Reading] = []
@@ -281,19 +285,21 @@ class Taps:
         for site in set(self._hooks) - used:
             self._hooks.pop(site).remove()
         for site in sorted(used - set(self._hooks), key=self.sites.index):
-            module, at_input = self._points[site]
-            if at_input:
-                self._hooks[site] = module.register_forward_pre_hook(self._on_input(site), with_kwargs=True)
+            place = self._points[site]
+            if place.at_input:
+                self._hooks[site] = place.module.register_forward_pre_hook(self._on_input(site), with_kwargs=True)
             else:
-                self._hooks[site] = module.register_forward_hook(self._on_output(site))
+                self._hooks[site] = place.module.register_forward_hook(self._on_output(site))
 
     def _on_input(self, site: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict):
             value = args[0] if args else kwargs["hidden_states"]
-            new = self._visit(site, value)
+            shaped = self._shaped(value)
+            new = self._visit(site, shaped)
             self._stop_if_done()
-            if new is value:
+            if new is shaped:
                 return None
+            new = new.reshape(value.shape)
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
         return hook
@@ -336,6 +342,10 @@ class Taps:
         return ", ".join(
             names[0] if len(names) == 1 else f"{names[0]} … {names[-1].partition('.')[2]}" for names in kinds.values()
         )
+
+
+def _output(part: nn.Module | None) -> Place | None:
+    return None if part is None else Place(part, at_input=False)
 
 
 def _rows_mask(rows: Sequence[int], batch: int, device: torch.device) -> Bool[Tensor, " batch"]:

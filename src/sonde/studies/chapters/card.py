@@ -8,7 +8,9 @@ from sonde.studies.chapters.part import Part
 _SITES = {
     "embed": "what the token embedding returns",
     "resid_pre": "the residual stream that a block receives",
+    "mixer_in": "what attention or recurrence is given: the output of the norm before it",
     "mixer_out": "what attention or recurrence adds to the stream",
+    "mlp_in": "what the MLP is given",
     "mlp_out": "what the MLP adds to the stream",
     "resid_post": "the residual stream that a block leaves",
     "state": "recurrent state, convolution window or keys and values, in the cache",
