@@ -20,7 +20,17 @@ from sonde.lm.state_algebra import (
     swapped,
 )
 
-LINEAR = "mamba mamba2 falcon_mamba jamba bamba falcon_h1 granitemoehybrid qwen3_next recurrent_gemma".split()
+LINEAR = [
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
+    "jamba",
+    "bamba",
+    "falcon_h1",
+    "granitemoehybrid",
+    "qwen3_next",
+    "recurrent_gemma",
+]
 STABILISED = ["rwkv", "xlstm"]
 
 

@@ -6,11 +6,12 @@
 | RWKV-4: num, den, max                                 | num / den                         | num + m d den          |
 | xLSTM: c, n, m                                        | c / |n|, for each head            | c + m d |n|            |
 
-The first are linear in their state. RWKV-4 keeps sums over exp(max), and the max differs between contexts: raw numbers
-of two contexts have different units, and their differences had effects of the wrong sign (the mean of the values seen so
-far, num / den, has one unit everywhere; den and max stay). xLSTM has the same stabiliser; its normaliser is a vector of
-either sign, so its length takes the place of den. Windows of convolutions and last tokens (`conv`, `shift`) are
-activations and are added as they are. Keys and values have the length of their context: there is no sum of them.
+The first are linear in their state. RWKV-4 keeps sums over exp(max), and the max differs between contexts: raw
+numbers of two contexts have different units, and their differences had effects of the wrong sign. The mean of the
+values seen so far, num / den, has one unit everywhere; den and max stay. xLSTM has the same stabiliser; its normaliser
+is a vector of either sign, so its length takes the place of den. Windows of convolutions and last tokens (`conv`,
+`shift`) are activations and are added as they are. Keys and values have the length of their context: there is no sum
+of them.
 
 Prefixes are in a `Cache` (`call` and `Past.cache` give them). Caches that come out are new, those that go in stay as
 they were. Numbers are float32 and are rounded to the cache's type once, at the end.
@@ -59,9 +60,9 @@ def canonical(tensors: Mapping[str, Tensor], *parts: str, of: str = "this layer"
 
 
 def moved(tensors: Mapping[str, Tensor], delta: Mapping[str, Tensor], strength: Strength = 1.0) -> State:
-    """A layer's tensors after adding `strength * delta` to their canonical form; what `delta` does not name is as it was.
+    """A layer's tensors after adding `strength * delta` to their canonical form; the others are as they were.
 
-    `delta` is one state for all rows (without a batch axis) or one for each; `strength` is a number or one for each row.
+    `delta` is one state for all rows (without a batch axis) or one for each; `strength` a number or one for each row.
     This is what an edit of `state.i` returns: `lm.editing({"state.3": lambda s: moved(s, delta, 2.0)})`.
     """
     new = dict(tensors)
