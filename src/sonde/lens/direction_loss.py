@@ -28,7 +28,8 @@ from sonde.lens.fused import Readout
 from sonde.lens.tuned import TunedLens
 
 _CACHE = 1 << 30  # bytes of Z that are kept; what does not fit is computed again at every evaluation
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements of tokens x vocabulary at a time: they stay in a core's cache
+_BLOCK = 1 << 24  # elements of Z that are computed in one product
+_CHUNK = {"cpu": 1 << 18, "cuda": _BLOCK}  # elements that pass through the loop together: they stay in a core's cache
 _TINY = 1e-30
 
 
@@ -147,8 +148,8 @@ class RankOneLoss:
         if readout.bias is not None:
             constant = readout.bias if constant is None else constant + readout.bias
         self._constant = None if constant is None else constant * readout.scale
-        n, vocab = len(hidden), readout.vocab_size
-        self._chunks = list(readout.chunks(n, max(4, _CHUNK.get(hidden.device.type, _CHUNK["cpu"]) // vocab)))
+        self._rows = max(4, _CHUNK.get(hidden.device.type, _CHUNK["cpu"]) // readout.vocab_size)
+        self._blocks = list(readout.chunks(len(hidden), max(64, _BLOCK // readout.vocab_size)))
         self._kept: list[Tensor] = []
         self._clean_pass(cache_bytes)
 
@@ -186,15 +187,15 @@ class RankOneLoss:
         self._top = torch.empty(n, dtype=torch.long, device=self._inner.device)
         self._pull = torch.empty_like(self._inner)
         left = cache_bytes
-        for part in self._chunks:
-            z = self._inner[part] @ readout.weight.T
+        for block in self._blocks:
+            z = self._inner[block] @ readout.weight.T
             left -= z.nbytes
             if left >= 0:
                 self._kept.append(z)
-            logits = self._raw(z, self._rest[part])
-            self._top[part] = logits.argmax(-1)
-            reading, self._lse[part] = _softmax(logits, self._top[part], torch.empty_like(logits))
-            torch.mm(reading, readout.weight, out=self._pull[part])
+            logits = self._raw(z, self._rest[block])
+            self._top[block] = logits.argmax(-1)
+            reading, self._lse[block] = _softmax(logits, self._top[block], torch.empty_like(logits))
+            self._pull[block] = reading @ readout.weight
         self._expected = torch.einsum("nd,nd->n", self._pull, self._inner).double()
 
     def _raw(self, z: Float[Tensor, "n vocab"], rate: Float[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
@@ -250,21 +251,22 @@ class RankOneLoss:
         sums = _Sums(t.new_empty(n), t.new_zeros(n), t.new_zeros(n), torch.zeros_like(g))
         t32, rate32 = t.float(), rate.float()
         share = t32 * rate32
-        most = max(part.stop - part.start for part in self._chunks)
-        first, second = g.new_empty(most, vocab), g.new_empty(most, vocab)
+        first, second = g.new_empty(2, min(self._rows, n), vocab)
         step = self._plain if self._readout.softcap is None else self._capped
-        for number, part in enumerate(self._chunks):
-            rows = part.stop - part.start
-            kept = number < len(self._kept)
-            z = self._kept[number] if kept else self._inner[part] @ self._readout.weight.T
-            logits = torch.addr(z, t32[part], g, alpha=-1, out=first[:rows]).mul_(rate32[part, None])
-            if self._constant is not None:
-                logits.add_(self._constant)
-            sums.first[part], weight = step(z, logits, part, second[:rows])
-            if gradient:
-                sums.toward_g[part] = weight @ g
-                sums.toward_z[part] = torch.linalg.vecdot(weight, z)
-                sums.pushed.addmv_(weight.T, share[part])
+        for number, block in enumerate(self._blocks):
+            whole = self._kept[number] if number < len(self._kept) else self._inner[block] @ self._readout.weight.T
+            for start in range(block.start, block.stop, self._rows):
+                part = slice(start, min(start + self._rows, block.stop))
+                rows = part.stop - part.start
+                z = whole[part.start - block.start : part.stop - block.start]
+                logits = torch.addr(z, t32[part], g, alpha=-1, out=first[:rows]).mul_(rate32[part, None])
+                if self._constant is not None:
+                    logits.add_(self._constant)
+                sums.first[part], weight = step(z, logits, part, second[:rows])
+                if gradient:
+                    sums.toward_g[part] = (weight @ g).double()
+                    sums.toward_z[part] = torch.linalg.vecdot(weight, z).double()
+                    sums.pushed.addmv_(weight.T, share[part])
         return sums
 
     def _plain(self, z: Tensor, logits: Tensor, part: slice, out: Tensor) -> tuple[Tensor, Tensor]:
