@@ -190,6 +190,30 @@ class TokenBatches:
             n_bytes=torch.from_numpy(self._row_bytes[rows].copy()),
         )
 
+    def places(self, index: int) -> Int[Tensor, "batch pos"]:
+        """Which token of the whole text stands where in batch `index`: a number for each, -1 at pads and leads.
+
+        What is known of the text's tokens (labels, say) goes to a batch by `known[places]`; see `extents`.
+        """
+        rows = slice(int(self._cuts[index]), int(self._cuts[index + 1]))
+        starts, lengths = self._row_start[rows], self._row_length[rows]
+        lead = 0 if self._lead is None else 1
+        place = np.arange(int(lengths.max()))
+        found = np.full((len(starts), lead + len(place)), -1, dtype=np.int64)
+        found[:, lead:] = np.where(place < lengths[:, None], starts[:, None] + place, -1)
+        return torch.from_numpy(found)
+
+    def extents(self) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, "tokens 2"]]:
+        """Of every token of the text: its document, and the bytes of that document [start, end) that it covers.
+
+        Separators cover nothing at the start of their document. Where a character takes several tokens, the first
+        covers it and the others nothing, at its end.
+        """
+        document = np.searchsorted(self._starts, np.arange(len(self._ids)), side="right") - 1
+        ends = np.cumsum(self._bytes, dtype=np.int64)
+        before = np.concatenate([[0], ends])[self._starts][document]
+        return document, np.stack([ends - self._bytes, ends], 1) - before[:, None]
+
     def split(self, fraction: float) -> tuple["TokenBatches", "TokenBatches"]:
         """Two sets of batches over disjoint rows: the rest, and the last `fraction` of the text's rows.
 

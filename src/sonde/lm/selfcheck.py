@@ -45,8 +45,8 @@ _PREFIX, _SUFFIX = 4, 4
 class Check:
     """Measured errors of one model, each relative to the largest number that it is compared with.
 
-    `parts` and `inputs` are None where no block has a mixer that can be read. `clone` and `states` (the smallest change of the last
-    suffix token's logits, by part) are None and empty where the model cannot be continued.
+    `parts` and `inputs` are None where no block has a mixer that can be read. `clone` and `states` (the smallest change
+    of the last suffix token's logits, by part) are None and empty where the model cannot be continued.
     """
 
     name: str
