@@ -11,8 +11,8 @@ u = (I + A) v centred, the ablated logits are
     [Z - t g] / s' + c      Z = y_c Wᵀ,  g = W u,  W = W_U diag(γ),  c = W_U β + b_U
     s'² = s² - 2 t <y_c, u> / d + t² |u|² / d + ε
 
-Z is computed once, so that no product of tokens x vocabulary x width is left in the loop, and the gradient is written by
-hand. RMSNorm drops the centring, a scale multiplies Z and g, a soft-cap bends the result elementwise. What the final
+Z is computed once, so that no product of tokens x vocabulary x width is left in the loop, and the gradient is written
+by hand. RMSNorm drops the centring, a scale multiplies Z and g, a soft-cap bends the result elementwise. What the final
 norm does is measured; one that is neither kind is differentiated automatically.
 """
 
@@ -49,7 +49,7 @@ def direction_loss(
     lens: TunedLens,
     layer: int | str,
     hidden: Float[Tensor, "n d_model"],
-    reference: Float[Tensor, "*n d_model"],
+    reference: Float[Tensor, "*#n d_model"],
     *,
     cache_bytes: int = _CACHE,
 ) -> DirectionLoss:
@@ -128,7 +128,7 @@ class RankOneLoss:
         lens: TunedLens,
         layer: int | str,
         hidden: Float[Tensor, "n d_model"],
-        reference: Float[Tensor, "*n d_model"],
+        reference: Float[Tensor, "*#n d_model"],
         *,
         norm: ClosedNorm,
         cache_bytes: int = _CACHE,
@@ -228,10 +228,7 @@ class RankOneLoss:
             return kl, None
         share = (rate * t).float()
         head = sums.pushed @ self._readout.weight
-        if self._readout.softcap is None:
-            head = share @ self._pull - head
-        else:
-            head = -head
+        head = share @ self._pull - head if self._readout.softcap is None else -head
         through_u = self._from_head(head)
         by_t = -rate * toward_g
         if self._norm.eps is not None:
@@ -309,7 +306,7 @@ class AutogradLoss:
         lens: TunedLens,
         layer: int | str,
         hidden: Float[Tensor, "n d_model"],
-        reference: Float[Tensor, "*n d_model"],
+        reference: Float[Tensor, "*#n d_model"],
     ) -> None:
         self._lens, self._place = lens, lens.layer(layer)
         self._readout = Readout(lens.unembedding)
@@ -365,7 +362,7 @@ def _softmax(
 def _normalised(
     x: Float[Tensor, "n d"], centred: bool, eps: float
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n 1"]]:
-    """x over its root mean square, and its mean square."""
+    """Divide x by its root mean square; also give its mean square."""
     if centred:
         x = x - x.mean(-1, keepdim=True)
     variance = x.square().mean(-1, keepdim=True)
