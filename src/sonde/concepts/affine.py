@@ -136,9 +136,10 @@ class AffineEdit(nn.Module):
         x = h.to(torch.promote_types(h.dtype, parts.dtype))
         if self.right is not None and self.left is not None:
             flat = x.reshape(-1, self.d)
-            offset = None if self.reference is None else self.right @ self.reference
-            read = flat @ self.right.T if offset is None else torch.addmm(-offset, flat, self.right.T)
-            x = torch.addmm(flat, read, self.left.T, alpha=-1).view(h.shape)
+            left, right = self.left.to(x.dtype), self.right.to(x.dtype)
+            offset = None if self.reference is None else right @ self.reference.to(x.dtype)
+            read = flat @ right.T if offset is None else torch.addmm(-offset, flat, right.T)
+            x = torch.addmm(flat, read, left.T, alpha=-1).view(h.shape)
         if self.added is not None:
             x = x + self._given(h) * self.added
         return x.to(h.dtype)
@@ -271,7 +272,7 @@ def _strength(strength: float | Tensor) -> Tensor:
 
 
 def _working(part: Tensor) -> Tensor:
-    return part.detach() if part.dtype == torch.float64 else part.detach().float()
+    return part.detach().to(torch.promote_types(part.dtype, torch.float32))
 
 
 def _check_parts(left: Tensor | None, right: Tensor | None, reference: Tensor | None, added: Tensor | None) -> None:

@@ -23,7 +23,8 @@ def solve_spd(
     `ValueError` for shapes that do not fit, for an A that is not symmetric or has an eigenvalue clearly below 0 and
     for values that are not finite.
     """
-    a, b = _symmetric(a), b.double()
+    a = _symmetric(a)
+    b = b.to(a.dtype)
     if b.shape[:-1] != a.shape[:-1]:
         raise ValueError(f"a right-hand side of shape {tuple(b.shape)} for matrices of shape {tuple(a.shape)}")
     if not b.isfinite().all():
@@ -40,7 +41,7 @@ def solve_spd(
     if poor.any():
         values, vectors = _eigen(a[poor], rtol)
         inverse = torch.where(values > rtol * values[..., -1:], 1 / values.clamp(min=torch.finfo(values.dtype).tiny), 0)
-        x[poor] = vectors @ (inverse[..., None] * (vectors.mT @ b[poor]))
+        x[poor] = vectors @ (inverse[..., None] * (vectors.mH @ b[poor]))
     return x
 
 
@@ -78,7 +79,7 @@ def symmetric_power(a: Float[Tensor, "... d d"], exponent: float, *, rtol: float
     values, vectors = _eigen(_symmetric(a), rtol)
     kept = values > rtol * values[..., -1:]
     powers = torch.where(kept, torch.where(kept, values, 1) ** exponent, 0)
-    return (vectors * powers[..., None, :]) @ vectors.mT
+    return (vectors * powers[..., None, :]) @ vectors.mH
 
 
 def _eigen(a: Tensor, rtol: float) -> tuple[Float[Tensor, "... d"], Float[Tensor, "... d d"]]:
@@ -92,9 +93,92 @@ def _eigen(a: Tensor, rtol: float) -> tuple[Float[Tensor, "... d"], Float[Tensor
 def _symmetric(a: Tensor) -> Float[Tensor, "... d d"]:
     if a.ndim < 2 or a.shape[-1] != a.shape[-2]:
         raise ValueError(f"a matrix of shape {tuple(a.shape)}: expected a square one")
-    a = a.double()
+    a = a.to(torch.complex128) if a.is_complex() else a.double()
     if not a.isfinite().all():
         raise ValueError("the matrix holds nan or infinity")
-    if (a - a.mT).abs().max() > _SYMMETRIC * a.abs().max():
-        raise ValueError(f"the matrix is not symmetric: entries differ by up to {(a - a.mT).abs().max():.3g}")
-    return (a + a.mT) / 2
+    if (a - a.mH).abs().max() > _SYMMETRIC * a.abs().max():
+        raise ValueError(f"the matrix is not symmetric: entries differ by up to {(a - a.mH).abs().max():.3g}")
+    return (a + a.mH) / 2
+
+
+class Root:
+    """A square root G of a covariance, A = G Gᴴ, that can be applied and undone; in float64 (complex128).
+
+    G is the Cholesky factor where A is well enough conditioned (judged at unit diagonal, where units of single
+    coordinates do not count), which costs d³/3 and no eigenvectors. Otherwise eigenvalues up to d eps of the largest are
+    dropped and G is d x rank, with its pseudo-inverse. Raises `ValueError` for a
+    matrix that is not square, not finite or has an eigenvalue clearly below 0.
+
+    Attributes:
+        rank: numerical rank of A.
+        cholesky: which of the two it is.
+
+    """
+
+    def __init__(self, a: Float[Tensor, "d d"]) -> None:
+        if a.ndim != 2 or a.shape[0] != a.shape[1]:
+            raise ValueError(f"a matrix of shape {tuple(a.shape)}: expected a square one")
+        a = a.to(torch.promote_types(a.dtype, torch.float64))
+        if not a.sum().isfinite():
+            raise ValueError("the matrix holds nan or infinity")
+        self._factor, failed = torch.linalg.cholesky_ex(a)
+        limit = 1 / (len(a) * torch.finfo(torch.float64).eps)
+        self.cholesky = not failed and _condition(a, self._factor) < limit
+        self.rank = len(a)
+        self._inverse = None
+        if not self.cholesky:
+            scale = a.diagonal().real.sqrt()
+            scale = torch.where(scale > 0, scale, 1)[:, None]
+            values, vectors = _eigen(_symmetric(a / scale / scale.T), 1e-10)
+            kept = values > values[-1] / limit
+            self.rank = int(kept.sum())
+            self._factor = vectors[:, kept] * values[kept].sqrt() * scale
+            q, r = torch.linalg.qr(self._factor)
+            self._inverse = torch.linalg.solve_triangular(r, q.mH, upper=True)
+
+    def colour(self, b: Float[Tensor, "rank k"]) -> Float[Tensor, "d k"]:
+        """G b: what is white becomes correlated as A says."""
+        return self._factor @ b
+
+    def whiten(self, b: Float[Tensor, "d k"]) -> Float[Tensor, "rank k"]:
+        """G⁺ b."""
+        if self._inverse is not None:
+            return self._inverse @ b
+        return torch.linalg.solve_triangular(self._factor, b, upper=False)
+
+    def whiten_adjoint(self, b: Float[Tensor, "rank k"]) -> Float[Tensor, "d k"]:
+        """(G⁺)ᴴ b."""
+        if self._inverse is not None:
+            return self._inverse.mH @ b
+        return torch.linalg.solve_triangular(self._factor.mH, b, upper=True)
+
+
+def shrunk(covariance: Float[Tensor, "... d d"], n: float | Tensor) -> tuple[Float[Tensor, "... d d"], Tensor]:
+    """Linear shrinkage of a sample covariance of `n` rows towards a multiple of the identity, and its weight alpha.
+
+    alpha S + (1 - alpha) (tr S / d) I with alpha = 1 - (tr S)² / n / (|S|² - (tr S)² / d), held within 0 and 1, which
+    the formula alone is not for few rows (Bodnar, Gupta & Parolya 2014, arXiv:1308.2608).
+    """
+    d = covariance.shape[-1]
+    diagonal = covariance.diagonal(dim1=-2, dim2=-1).real
+    trace = diagonal.sum(-1)
+    spread = torch.linalg.matrix_norm(covariance) ** 2 - trace**2 / d
+    alpha = (1 - trace**2 / n / spread.clamp(min=torch.finfo(trace.dtype).tiny)).clamp(0, 1)
+    result = covariance * alpha[..., None, None]
+    result.diagonal(dim1=-2, dim2=-1).add_(((1 - alpha) * trace / d)[..., None])
+    return result, alpha
+
+
+def _condition(a: Float[Tensor, "d d"], factor: Float[Tensor, "d d"]) -> float:
+    """About the condition number of A = G Gᴴ at unit diagonal, from below: power and inverse iteration."""
+    scale = a.diagonal().real.sqrt()[:, None]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(a), 1, generator=generator, dtype=torch.float64).to(a)
+    norms = []
+    for step in (lambda v: a @ (v / scale) / scale, lambda v: torch.cholesky_solve(v * scale, factor) * scale):
+        v = start
+        for _ in range(4):
+            v = step(v / torch.linalg.vector_norm(v))
+        norms.append(float(torch.linalg.vector_norm(v)))
+    condition = norms[0] * norms[1]
+    return condition if condition == condition else float("inf")
