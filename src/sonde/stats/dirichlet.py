@@ -131,7 +131,7 @@ def _ascended(
 
 
 def _inverse_digamma(y: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
-    """x with ψ(x) = y, by Newton from Minka's bounds; six steps reach double precision."""
+    """Solve ψ(x) = y for x by Newton from Minka's bounds; six steps reach double precision."""
     x = torch.where(y >= -2.22, y.exp() + 0.5, -1 / (y - torch.digamma(torch.ones_like(y))))
     for _ in range(6):
         x = x - (torch.digamma(x) - y) / torch.polygamma(1, x)
