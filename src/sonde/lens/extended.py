@@ -2,8 +2,7 @@
 
 It asks what the model would predict if the blocks between l and its last k were skipped (Belrose et al. 2303.08112,
 appendix). Translators lead to the input of block L - k; the ridge regression aims there, and gradients pass through the
-blocks. A block is called as the model itself called it, with the masks and positions of an ordinary pass over the same
-tokens; that this repeats the ordinary pass is measured, not assumed.
+blocks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,12 +16,11 @@ from torch import Tensor
 from sonde.errors import SondeError
 from sonde.lens.descent import Descent, LensTraining, ridge_translators
 from sonde.lens.fused import Readout, Target
+from sonde.lens.resumption import Blocks, recording
 from sonde.lens.tuned import TunedLens
 from sonde.lm.batches import TokenBatch, TokenBatches
 from sonde.lm.model import LanguageModel
 from sonde.stats.moments import Moments
-
-_TOLERANCE = 1e-3  # of repeated blocks, relative to the size of the last block's output
 
 
 class ExtendedLens:
@@ -98,70 +96,36 @@ class ExtendedLens:
         self, tokens: Int[Tensor, "batch pos"], layer: int | str, mask: Bool[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos vocab"]:
         """What the model predicts when it jumps from `layer` to its last blocks."""
-        with self._calls() as calls, self.lm.reading(*self._read) as acts:
+        with recording(self.lm) as rest, self.lm.reading(*self._read) as acts:
             self.lm(tokens, mask)
-        self._check(calls, acts)
-        return self.lm.unembed(
-            self._run(calls, self.lens.translate(acts[self.lens.sites[self.lens.layer(layer)]], layer))
-        )
+        self._check(rest, acts)
+        start = self.lens.translate(acts[self.lens.sites[self.lens.layer(layer)]], layer)
+        return self.lm.unembed(rest.run(start, self.first))
 
     @contextmanager
     def _pass(self, batch: TokenBatch) -> Iterator[tuple[Tensor, Target, Any]]:
         """States of all layers (layers, n, d), the target, and the way from translated states to the head."""
         lm, readout = self.lm, Readout(self.lm.unembedding)
-        with torch.no_grad(), self._calls() as calls, lm.reading(*self._read) as acts:
+        with torch.no_grad(), recording(lm) as rest, lm.reading(*self._read) as acts:
             lm(batch.tokens, batch.mask)
-        self._check(calls, acts)
+        self._check(rest, acts)
         mask = batch.mask.to(lm.device)
         shape = mask.shape
 
         def decode(translated: Float[Tensor, "layers n d"]) -> Float[Tensor, "layers n d_head"]:
             # every token goes through the blocks, pads too; only real ones go on to the head
             whole = (states.view(*shape, -1).to(lm.dtype) for states in translated)
-            return torch.stack([readout.normed(self._run(calls, states)[mask].to(readout.dtype)) for states in whole])
+            ends = (rest.run(states, self.first)[mask] for states in whole)
+            return torch.stack([readout.normed(end.to(readout.dtype)) for end in ends])
 
         hidden = torch.stack([acts[site].flatten(0, 1) for site in self.lens.sites])
         yield hidden, Target.model(readout, acts[self._read[-1]][mask]), decode
 
-    @contextmanager
-    def _calls(self) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
-        """Record how the model calls its last blocks."""
-        calls: list[tuple[tuple, dict[str, Any]]] = []
-
-        def record(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            calls.append((args[1:], rest))
-
-        hooks = [
-            block.register_forward_pre_hook(record, with_kwargs=True)
-            for block in self.lm.structure.blocks[self.first :]
-        ]
-        try:
-            yield calls
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _run(self, calls: list[tuple[tuple, dict[str, Any]]], hidden: Float[Tensor, "batch pos d"]) -> Tensor:
-        for block, (args, kwargs) in zip(self.lm.structure.blocks[self.first :], calls, strict=True):
-            out = block(hidden, *args, **kwargs)
-            hidden = out[0] if isinstance(out, tuple | list) else out
-        return hidden
-
-    def _check(self, calls: list[tuple[tuple, dict[str, Any]]], acts: dict[str, Tensor]) -> None:
+    def _check(self, rest: Blocks, acts: dict[str, Tensor]) -> None:
         """Once: the blocks called by hand must repeat the ordinary pass."""
-        if self._checked:
-            return
-        with torch.no_grad():
-            again = self._run(calls, acts[f"resid_pre.{self.first}"])
-        last = acts[self._read[-1]]
-        error = float((again - last).abs().max() / last.abs().max())
-        if not error < _TOLERANCE:
-            raise SondeError(
-                f"the last {self.blocks} blocks of {self.lm.name} cannot be run by themselves: their output is off by "
-                f"{error:.2g} of its size, so it has no extended lens"
-            )
-        self._checked = True
+        if not self._checked:
+            rest.check(acts, self.first)
+            self._checked = True
 
     @torch.no_grad()
     def _held_out_loss(self, held: Iterable[TokenBatch], descent: Descent) -> Float[Tensor, " layers"]:
