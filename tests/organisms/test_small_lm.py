@@ -1,12 +1,20 @@
 import numpy as np
 import pytest
 import torch
+from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from sonde.errors import SondeError
-from sonde.organisms.small_lm import Training, joined_ids, train_language_model, train_tokenizer, windows
+from sonde.organisms.small_lm import (
+    Training,
+    joined_ids,
+    optimizers_for,
+    train_language_model,
+    train_tokenizer,
+    windows,
+)
 
 TOKENIZER = train_tokenizer(["the wolf and the fire, and the wolf again; naïve café"] * 3, vocab_size=300)
 
@@ -37,6 +45,24 @@ def test_an_epoch_visits_each_of_its_windows_once(n, length, seed):
 def test_too_short_a_text_is_refused_with_its_length():
     with pytest.raises(SondeError, match="has 5 tokens; training on windows of 4 needs at least 8"):
         windows(np.arange(5, dtype=np.uint16), 4, 1, 0, seed=0)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "mamba", "mamba2", "rwkv"])
+def test_muon_gets_the_linear_maps_of_the_blocks_and_nothing_else(family):
+    model = tiny(family)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon, adam = ({names[id(p)] for p in o.param_groups[0]["params"]} for o in optimizers_for(model, Training()))
+    assert muon | adam == set(names.values()) and not muon & adam
+    maps = {
+        "gpt_neox": "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
+        "gpt2": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+        "mamba": "mixer.in_proj mixer.x_proj mixer.dt_proj mixer.out_proj",
+        "mamba2": "mixer.in_proj mixer.out_proj",
+        "rwkv": "attention.key attention.value attention.receptance attention.output"
+        " feed_forward.key feed_forward.receptance feed_forward.value",
+    }
+    suffixes = {name.split(".", 3)[-1].removesuffix(".weight") for name in muon}
+    assert suffixes == set(maps[family].split())
 
 
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path):

@@ -84,10 +84,11 @@ def _pairs(values: dict[str, Any]) -> list[str]:
 
 
 def _scores(rows: list[dict[str, Any]]) -> list[str]:
-    table = [("text", "bytes", "model", "5-gram", "5-gram minus model")]
-    table += [
-        (row["text"], f"{row['bytes']:,}", *(_interval(row[key]) for key in ("model", "ngram", "gain"))) for row in rows
-    ]
+    columns = {"model": "model", "ngram": "5-gram", "gain": "5-gram minus model"}
+    if all("pebble" in row for row in rows):
+        columns = {"model": "model", "pebble": "pebble", "ngram": "5-gram"}
+    table = [("text", "bytes", *columns.values())]
+    table += [(row["text"], f"{row['bytes']:,}", *(_interval(row[key]) for key in columns)) for row in rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 

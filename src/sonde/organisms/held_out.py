@@ -40,17 +40,22 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     ngram: NgramModel,
+    context: int | None = None,
     seed: int = 0,
 ) -> Score:
-    """Score `documents`, together called `name`, by `model` (in a precision that it computes in) and by `ngram`."""
-    block = model.config.max_position_embeddings // 2
+    """Score `documents`, together called `name`, by `model` (in a precision that it computes in) and by `ngram`.
+
+    `context` is the length of the windows, by default the most that the model takes.
+    """
+    context = context or model.config.max_position_embeddings
+    block = context // 2
     rows: list[np.ndarray] = []
     tokens = 0
     for document in documents:
         ids = np.array([tokenizer.eos_token_id, *tokenizer(document)["input_ids"]])
         widths = np.array([len(token) for token in tokenizer.convert_ids_to_tokens(ids[1:].tolist())])
         tokens += len(widths)
-        columns = np.stack([token_nats(model, ids), -ngram.log_prob(ids)[1:], widths])
+        columns = np.stack([token_nats(model, ids, context=context), -ngram.log_prob(ids)[1:], widths])
         rows += [part.sum(1) for part in np.split(columns, range(block, columns.shape[1], block), axis=1)]
     sums = np.stack(rows)
     nats, counted, width = sums.T / [[math.log(2)], [math.log(2)], [1]]
@@ -66,9 +71,11 @@ def score(
 
 
 @torch.inference_mode()
-def token_nats(model: PreTrainedModel, ids: Int[np.ndarray, " n"], *, batch: int = 8) -> Float[np.ndarray, " n-1"]:
+def token_nats(
+    model: PreTrainedModel, ids: Int[np.ndarray, " n"], *, context: int | None = None, batch: int = 8
+) -> Float[np.ndarray, " n-1"]:
     """-log p of every token but the first, in nats, given at least half a context of what stands before it."""
-    context = model.config.max_position_embeddings
+    context = context or model.config.max_position_embeddings
     half = context // 2
     starts = range(0, max(1, len(ids) - half), half)
     windows = np.zeros((len(starts), context), dtype=np.int64)

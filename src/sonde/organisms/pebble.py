@@ -8,11 +8,12 @@ folder of texts and the docstrings and comments of the running Python, and leave
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tyro.conf import arg
 
@@ -25,6 +26,11 @@ PROMPTS = (
     "Once upon a time there was a",
     "Return the number of",
 )
+SUMMARIES = {
+    "pebble": "A small language model of English prose and technical English, for trying methods on.",
+    "pebble-mamba2": "Pebble as a recurrent network: Mamba-2 blocks, the same texts, tokenizer, windows and width.",
+    "pebble-rwkv": "Pebble as a recurrent network: RWKV-4 blocks, the same texts, tokenizer, windows and width.",
+}
 SAMPLING = {"temperature": 0.7, "seed": 0, "max_new_tokens": 60}
 
 
@@ -36,6 +42,8 @@ class PebbleConfig:
 
     Example: sonde organism train pebble --text books/ --hold-out heidi --out my-pebble
     """
+
+    organism: ClassVar[str] = "pebble"
 
     text: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """Folder of .txt files to read beside the docstrings and comments of Python. By default these alone."""
@@ -53,10 +61,10 @@ class PebbleConfig:
     @property
     def command(self) -> str:
         """The command line that makes the same organism from the same text."""
-        parts = ["sonde", "organism", "train", "pebble"]
+        parts = ["sonde", "organism", "train", self.organism]
         parts += ["--text", self.text.name] if self.text else []
         parts += ["--hold-out", *self.hold_out] if self.hold_out else []
-        default = PebbleConfig()
+        default = type(self)()
         parts += [
             f"--{key}={getattr(self, key)}" for key in ("steps", "seed") if getattr(self, key) != getattr(default, key)
         ]
@@ -72,8 +80,24 @@ def train_pebble(config: PebbleConfig) -> Path:
     Resumes from the checkpoint in the folder. Raises `SondeError` for a folder without texts, a name that is not in it,
     or a checkpoint of other text or settings.
     """
-    import torch
     from transformers import GPTNeoXForCausalLM
+
+    return make(config, lambda vocab_size: GPTNeoXForCausalLM(architecture(vocab_size)))
+
+
+def make(
+    config: PebbleConfig,
+    build: Callable[[int], Any],
+    *,
+    tokenizer: Any = None,
+    running: Callable[[Any], AbstractContextManager] = nullcontext,
+) -> Path:
+    """What `train_pebble` and the recipes of its twins share.
+
+    `build` makes the untrained model over a vocabulary of that size; `running` is the context in which it is trained
+    and scored. `tokenizer` is by default trained on the texts.
+    """
+    import torch
 
     from sonde.data.python_docs import comments, topics
     from sonde.data.text import text_hash
@@ -83,14 +107,15 @@ def train_pebble(config: PebbleConfig) -> Path:
     if settings.steps < 1:
         raise SondeError(f"--steps is {config.steps}; give 1 or more")
     books, held_out = _books(config.text, config.hold_out)
+    device = _device(config.device)
     texts = [*books.values(), *comments()]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = tokenizer or train_tokenizer(texts)
     ids = joined_ids(texts, tokenizer)
     torch.manual_seed(config.seed)
-    model = GPTNeoXForCausalLM(architecture(len(tokenizer))).to(_device(config.device))
-    losses = train_language_model(
-        model, ids, settings, checkpoint=config.out / "checkpoint.safetensors", data_hash=text_hash(texts)
-    )
+    model = build(len(tokenizer)).to(device)
+    checkpoint = config.out / "checkpoint.safetensors"
+    with running(model):
+        losses = train_language_model(model, ids, settings, checkpoint=checkpoint, data_hash=text_hash(texts))
     save_half(model, tokenizer, config.out)
     data = {
         "books": sorted(books),
@@ -102,7 +127,8 @@ def train_pebble(config: PebbleConfig) -> Path:
         "text_sha256": text_hash(texts),
     }
     unread = {name: [text] for name, text in held_out.items()} | {f"help() of Python {_python()}": topics()}
-    evaluation = _evaluate(model.float(), tokenizer, ids, unread)
+    with running(model.float()):
+        evaluation = _evaluate(model, tokenizer, ids, unread, settings.final_context)
     _finish(config, asdict(settings), losses, data, evaluation)
     return config.out
 
@@ -158,7 +184,7 @@ def _device(name: str) -> Any:
     return device
 
 
-def _evaluate(model: Any, tokenizer: Any, ids: Any, unread: dict[str, list[str]]) -> list[dict[str, Any]]:
+def _evaluate(model: Any, tokenizer: Any, ids: Any, unread: dict[str, list[str]], context: int) -> list[dict[str, Any]]:
     import numpy as np
 
     from sonde.organisms.held_out import score
@@ -167,7 +193,10 @@ def _evaluate(model: Any, tokenizer: Any, ids: Any, unread: dict[str, list[str]]
     starts = np.flatnonzero(ids == tokenizer.eos_token_id)
     read = np.split(ids.astype(np.int64), starts[1:])
     ngram = NgramModel.fit(read, order=5, vocab_size=len(tokenizer))
-    return [asdict(score(name, texts, model=model, tokenizer=tokenizer, ngram=ngram)) for name, texts in unread.items()]
+    return [
+        asdict(score(name, texts, model=model, tokenizer=tokenizer, ngram=ngram, context=context))
+        for name, texts in unread.items()
+    ]
 
 
 def _finish(
@@ -175,17 +204,27 @@ def _finish(
 ) -> None:
     """Sample from the exported folder, through the access layer and its self-check, and write the card."""
     from sonde.lm.load import load
-    from sonde.organisms.card import write_card
+    from sonde.organisms.card import read_card, write_card
 
-    lm = load(config.out, name="organism:pebble")
+    lm = load(config.out, name=f"organism:{config.organism}")
     written = lm.generate(list(PROMPTS), **SAMPLING)
-    model = lm.model.config
     tail = losses[-100:]
+    training = {
+        **{key: value for key, value in settings.items() if not isinstance(value, bool)},
+        "optimizers": "Muon on the matrices of the blocks, AdamW on the rest",
+        "precision": "bfloat16 products, float32 weights",
+        "final_loss_nats": round(sum(tail) / len(tail), 4),
+        "versions": [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "tokenizers")],
+    }
+    if config.organism != "pebble":
+        pebble = read_card("pebble")
+        training["pebble"] = f"{pebble['training']['steps']} steps, {pebble['training']['final_loss_nats']} nats"
+        evaluation = [_beside(row, pebble["evaluation"]) for row in evaluation]
     write_card(
         config.out,
         {
-            "name": "pebble",
-            "summary": "A small language model of English prose and technical English, for trying methods on.",
+            "name": config.organism,
+            "summary": SUMMARIES[config.organism],
             "truth": [
                 "Nothing is planted: no backdoor, no quirk, no fine-tuning. What a method finds came from plain text.",
                 f"Read: {len(data['books'])} books and {data['other_text']}, {data['tokens'] * 1e-6:.1f} M tokens.",
@@ -194,29 +233,37 @@ def _finish(
                 f" {settings['final_fraction']:.0%} of the steps; scored with {settings['final_context']}.",
             ],
             "command": config.command,
-            "architecture": {
-                "family": model.model_type,
-                "layers": model.num_hidden_layers,
-                "width": model.hidden_size,
-                "heads": model.num_attention_heads,
-                "vocabulary": model.vocab_size,
-                "context": model.max_position_embeddings,
-                "parameters": lm.n_parameters,
-                "stored_as": "float16",
-            },
+            "architecture": _architecture(lm),
             "data": data,
-            "training": {
-                **{key: value for key, value in settings.items() if not isinstance(value, bool)},
-                "optimizers": "Muon on the matrices of the blocks, AdamW on the rest",
-                "precision": "bfloat16 products, float32 weights",
-                "final_loss_nats": round(sum(tail) / len(tail), 4),
-                "versions": [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "tokenizers")],
-            },
+            "training": training,
             "evaluation": evaluation,
             "sampling": SAMPLING,
             "samples": [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, written, strict=True)],
         },
     )
+
+
+def _architecture(lm: Any) -> dict[str, Any]:
+    known = {
+        "heads": "num_attention_heads" if hasattr(lm.config, "num_attention_heads") else "num_heads",
+        "state_size": "state_size",
+        "context": "max_position_embeddings",
+    }
+    return {
+        "family": lm.family,
+        "layers": lm.n_layers,
+        "width": lm.d_model,
+        **{key: getattr(lm.config, name) for key, name in known.items() if hasattr(lm.config, name)},
+        "vocabulary": lm.vocab_size,
+        "parameters": lm.n_parameters,
+        "stored_as": "float16",
+    }
+
+
+def _beside(row: dict[str, Any], pebble: list[dict[str, Any]]) -> dict[str, Any]:
+    """A text's scores with those of the bundled pebble on the same text, where its card has them."""
+    same = [other["model"] for other in pebble if all(other[key] == row[key] for key in ("text", "bytes", "tokens"))]
+    return {**row, "pebble": same[0]} if same else row
 
 
 def _python() -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from sonde.errors import SondeError
 from sonde.nets.loop import Schedule, train
@@ -103,11 +104,15 @@ def _starts(per_epoch: int, length: int, epoch: int, seed: int) -> np.ndarray:
 
 
 def optimizers_for(model: PreTrainedModel, settings: Training) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases."""
+    """Muon for the matrices of the blocks' linear maps, AdamW for everything else.
+
+    A parameter that merely has two axes, such as the decays of Mamba (channels, states), is not a matrix.
+    """
     ends = {
         id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end for p in end.parameters()
     }
-    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
+    maps = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    matrices = [module.weight for module in maps if id(module.weight) not in ends]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
