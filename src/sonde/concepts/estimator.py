@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from sonde.concepts.affine import AffineEdit
-from sonde.concepts.statistics import ConceptStatistics, as_tensor
+from sonde.concepts.statistics import as_tensor
 from sonde.errors import SondeError
 from sonde.files import load_bundle, save_bundle
 
@@ -30,15 +30,18 @@ _E = TypeVar("_E", bound="ConceptEraser")
 
 
 class FitEither(Generic[_E]):
-    """`fit` of a class makes an instance first: `Eraser.fit(x, z, **parameters)` is `Eraser(**parameters).fit(x, z)`."""
+    """`Eraser.fit(x, z, **parameters)` is `Eraser(**parameters).fit(x, z)`."""
 
     def __get__(self, eraser: _E | None, owner: type[_E]) -> Callable[..., _E]:
         """The method, of the instance or of the class."""
         if eraser is not None:
             return eraser._fit
 
-        def fit(x: Any, z: Any, mask: Any = None, **parameters: Any) -> _E:
-            return owner(**parameters)._fit(x, z, mask)
+        def fit(x: Any, z: Any, mask: Any = None, **given: Any) -> _E:
+            names = owner._get_param_names()
+            parameters = {name: value for name, value in given.items() if name in names}
+            data = {name: value for name, value in given.items() if name not in names}
+            return owner(**parameters)._fit(x, z, mask, **data)
 
         fit.__doc__ = owner._fit.__doc__
         return fit
@@ -48,7 +51,8 @@ class ConceptEraser(TransformerMixin, BaseEstimator):
     """Base of the erasers; see the module. A subclass says what it collects and how it solves."""
 
     fit = FitEither()
-    statistics: ConceptStatistics | None = None
+    statistics: Any = None
+    """What `update` collects until `finish`: `ConceptStatistics`, or the rows themselves (`RowSample`)."""
     facts: dict[str, Any]
 
     @property
@@ -56,11 +60,11 @@ class ConceptEraser(TransformerMixin, BaseEstimator):
         """Whether there is something to apply."""
         raise NotImplementedError
 
-    def collects(self) -> ConceptStatistics:
+    def collects(self) -> Any:
         """Fresh statistics of the kind that `finish` needs."""
         raise NotImplementedError
 
-    def solve(self, statistics: ConceptStatistics) -> None:
+    def solve(self, statistics: Any) -> None:
         """Set the fitted state."""
         raise NotImplementedError
 
@@ -88,12 +92,12 @@ class ConceptEraser(TransformerMixin, BaseEstimator):
         return self
 
     @torch.no_grad()
-    def finish(self, statistics: ConceptStatistics | None = None) -> Self:
+    def finish(self, statistics: Any = None) -> Self:
         """Solve from what was seen, or from given statistics, and let go of the former; returns itself.
 
         Raises `ValueError` without data, for fewer than two rows and where z is constant.
         """
-        found = statistics or self.statistics
+        found = self.statistics if statistics is None else statistics
         if found is None or found.n == 0:
             raise NotFittedError("no data yet: give rows to update(x, z) or fit(x, z) first")
         if found.n < 2:
@@ -108,11 +112,12 @@ class ConceptEraser(TransformerMixin, BaseEstimator):
 
     def transform(self, x: Any, *given: Any) -> Any:
         """The erased rows, as an array where x is one, as a tensor where x is one. Raises `NotFittedError`."""
+        edit = cast("Callable[..., Tensor]", self)
         if isinstance(x, Tensor):
-            return self(x, *given)
+            return edit(x, *given)
         rows = as_tensor(x, "x")
         with torch.no_grad():
-            return self(rows if rows.is_floating_point() or rows.is_complex() else rows.double(), *given).numpy()
+            return edit(rows if rows.is_floating_point() or rows.is_complex() else rows.double(), *given).numpy()
 
     def check_fitted(self) -> None:
         """Raise `NotFittedError` where there is nothing to apply."""
@@ -208,7 +213,7 @@ class LabelledEraser(ConceptEraser, nn.Module):
         nn.Module.__init__(self)
         self.facts = {}
 
-    def fit_transform(self, x: Any, z: Any) -> Any:
+    def fit_transform(self, x: Any, z: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`fit(x, z)`, then the same rows erased."""
         return self._fit(x, z).transform(x, z)
 
@@ -252,7 +257,7 @@ def labels_for(x: Tensor, z: Any, k: int) -> Tensor:
     return z
 
 
-def _check_classes(statistics: ConceptStatistics) -> None:
+def _check_classes(statistics: Any) -> None:
     present = statistics.class_weights > 0
     if int(present.sum()) < 2:
         raise ValueError("nothing to erase: z is constant")

@@ -81,7 +81,7 @@ class LeaceEraser(AffineEraser):
 
 
 def covariance_root(statistics: ConceptStatistics, *, shrinkage: bool) -> tuple[Root, dict[str, Any]]:
-    """A root of the covariance of x, and what there is to know of it. Warns where fewer rows than dimensions leave it."""
+    """A root of the covariance of x and facts about it. Warns of fewer rows than dimensions without shrinkage."""
     covariance, facts = statistics.covariance, {}
     if shrinkage:
         covariance, alpha = shrunk(covariance, statistics.weight)
@@ -90,8 +90,8 @@ def covariance_root(statistics: ConceptStatistics, *, shrinkage: bool) -> tuple[
     facts["covariance_rank"] = root.rank
     if not shrinkage and statistics.n < statistics.dim:
         warnings.warn(
-            f"{statistics.n} rows of width {statistics.dim} without shrinkage: the covariance has rank {root.rank}, and "
-            "z is guarded on the fitting rows only",
+            f"{statistics.n} rows of width {statistics.dim} without shrinkage: the covariance has rank {root.rank}, "
+            "and z is guarded on the fitting rows only",
             stacklevel=5,
         )
     return root, facts
@@ -123,8 +123,8 @@ def concept_basis(
     discarded = float(left[0]) / unit if len(left) else 0.0
     if len(left):
         warnings.warn(
-            f"{len(left)} of {int(kept.sum()) + len(left)} directions stay, with a correlation of up to {discarded:.3g}: "
-            f"lower tolerance ({tolerance:g}) to take them out",
+            f"{len(left)} of {int(kept.sum()) + len(left)} directions stay, with a correlation of up to "
+            f"{discarded:.3g}: lower tolerance ({tolerance:g}) to take them out",
             stacklevel=5,
         )
     return u[:, kept], {"singular_values": (s[kept] / unit).tolist(), "largest_discarded": discarded}

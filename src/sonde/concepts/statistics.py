@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sonde.stats.moments import Moments
@@ -398,7 +398,7 @@ def concept_rows(x: Any, z: Any, mask: Any = None, *, categorical: bool | None =
     for name, rows in (("x", x), ("z", z)):
         if rows.is_floating_point() or rows.is_complex():
             _check_finite(name, rows, places)
-    return x, z, categorical
+    return x, z, bool(categorical)
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
