@@ -150,7 +150,10 @@ class SRM:
             raise SondeError(f"{len(rows)} normal question has no covariance: give at least 2")
         moments = Moments(rows.shape[1]).update(rows)
         covariance = moments.covariance + _REGULARISER * torch.eye(rows.shape[1], dtype=torch.float64)
-        self.mean_, self.precision_ = moments.mean, torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        self.mean_, self.precision_ = (
+            moments.mean,
+            torch.cholesky_inverse(torch.linalg.cholesky(covariance)).contiguous(),
+        )
         self.variance_ = covariance.diagonal()
         return self
 
@@ -253,7 +256,7 @@ def srm_layer(normal: Float[Tensor, "layers n d_model"], *, seeds: int = 10, see
 
     SRM sees what breaks the correlations of normal states. Those are broken on purpose: each dimension is shuffled over
     held-out normal questions, and by layer an AUROC says how well SRM tells these from the same states unshuffled, mean
-    over splits. Of the layers within 0.01 of the best one the deepest is taken: it has seen most of what the model does.
+    over splits. Of the layers within 0.01 of the best the deepest is taken: it has seen most of what the model does.
     """
     told = []
     for states in normal:
