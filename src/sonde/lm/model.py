@@ -219,6 +219,10 @@ class LanguageModel:
             cache, before, prompt, seen = None, torch.zeros_like(ids[:, 0]), mask.sum(-1), mask[:, :0]
         else:
             how.require(self.name)
+            if len(past.prompt) != len(ids):
+                raise SondeError(
+                    f"the cache holds {len(past.prompt)} rows, the tokens {len(ids)}: select() the rows that are meant"
+                )
             columns = how.columns(ids.shape[1])
             if past.fresh:
                 self._taps.edit_states(past.cache)
