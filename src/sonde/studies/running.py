@@ -78,7 +78,7 @@ def check_options(config: Any) -> None:
     """Raise `SondeError` for what is wrong with the options themselves, before anything is loaded."""
     if config.resume and config.out is None:
         raise SondeError("--resume needs --out FOLDER, the folder of the run to go on with")
-    if config.tokens < 2:
+    if getattr(config, "tokens", 2) < 2:
         raise SondeError(f"--tokens is {config.tokens}: give the number of tokens to read, such as 65536")
     if not 0 <= config.seed < 2**63:
         raise SondeError(f"--seed is {config.seed}: give a number from 0 to {2**63 - 1}")
