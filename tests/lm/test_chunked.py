@@ -6,7 +6,7 @@ from families import VOCAB, tiny, tokens
 
 from sonde.errors import SondeError
 from sonde.lm import chunked
-from sonde.lm.chunked import chunked_scans
+from sonde.lm.chunked import chunked_scans, faster_scans
 from sonde.lm.continuation import call, difference
 
 FAMILIES = ["mamba", "falcon_mamba", "jamba", "mamba2", "bamba", "falcon_h1", "granitemoehybrid", "rwkv"]
@@ -71,6 +71,17 @@ def test_a_model_without_a_scan_and_a_second_context_are_refused():
     model = tiny("rwkv")
     with chunked_scans(model), pytest.raises(SondeError, match="runs on replaced scans already"):
         chunked_scans(model).__enter__()
+
+
+def test_faster_scans_are_those_that_pass(monkeypatch):
+    with faster_scans(tiny("rwkv")) as gate:
+        assert gate is not None and gate.worst < 1e-5
+    with faster_scans(tiny("gpt2")) as gate:
+        assert gate is None
+    monkeypatch.setitem(chunked._KNOWN, "rwkv_linear_attention", lambda w, u, k, v, **_: (v, [v[:, 0]] * 3))
+    model = tiny("rwkv")
+    with faster_scans(model) as gate:
+        assert gate is None and not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", ["mamba2", "rwkv", "mamba"])
