@@ -125,6 +125,12 @@ def test_attaching_reports_what_it_costs(lens_lm, lens_batches):
     for parameter in changed.gpt_neox.layers[2].parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
     tuned = LanguageModel(changed, lens_lm.tokenizer, name="tuned")
-    report = attach_report(lens, lens_lm, tuned, lens_batches)
+    own = TunedLens.fit(tuned, lens_batches, trainer="ridge", held_out=512)
+    report = attach_report(lens, lens_lm, tuned, lens_batches, own=own)
     assert report.lens.model_name == "tuned"
     assert (estimates(report.after) < estimates(report.logit_lens)).all()
+    assert (estimates(report.gain) < 0).all()
+    assert torch.allclose(estimates(report.gain), estimates(report.after) - estimates(report.logit_lens), atol=1e-6)
+    attached, own_loss = (estimates(report.tuned[name].cross_entropy)[:-1] for name in ("attached", "own"))
+    assert report.cost is not None
+    assert torch.allclose(estimates(report.cost), attached - own_loss, atol=1e-6)

@@ -123,8 +123,12 @@ def test_a_matrix_that_writes_words_is_read_as_these_words():
     read = read_directions(lm, TunedLens.logit(lm), 2, strongest.vectors)
     assert set(read.best(0)) == set(range(40, 50))
     assert read.score[0] > 0.95
+
+
+def test_random_matrices_say_nothing_in_a_model_without_themes():
+    lm = model("gpt_neox")
     control = weight_directions(lm, 1, "w_out", k=8, random=1)
-    assert read_directions(lm, TunedLens.logit(lm), 2, control.vectors).score.mean() < 0.3
+    assert abs(read_directions(lm, TunedLens.logit(lm), 2, control.vectors).score.mean()) < 0.2
 
 
 def test_both_signs_are_read_and_the_better_one_counts():

@@ -2,6 +2,7 @@
 
 `topics` is the reference text behind `help()` (`pydoc_data.topics`): the default text of an audit, and never part of an
 organism's training. `comments` are the docstrings and comments of the standard library, which `organism:pebble` read.
+`sources` is the code of the same files, text of another kind.
 """
 
 import ast
@@ -27,17 +28,30 @@ def comments(root: Path | None = None) -> Iterator[str]:
     `root` is the folder to read instead of the running Python's library. Files without text are left out, as are
     installed packages, tests and `pydoc_data`.
     """
+    for source in sources(root):
+        try:
+            blocks = sorted(_docstrings(source) + _comment_blocks(source))
+        except (SyntaxError, tokenize.TokenError):
+            continue
+        if blocks:
+            yield "\n\n".join(text for _, text in blocks) + "\n"
+
+
+def sources(root: Path | None = None) -> Iterator[str]:
+    """The source code of the standard library, one document per file that is not empty, in path order.
+
+    `root` and what is left out are as in `comments`.
+    """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     for path in sorted(root.rglob("*.py")):
         if _NOT_LIBRARY.intersection(path.relative_to(root).parts):
             continue
         try:
             source = path.read_text(encoding="utf-8")
-            blocks = sorted(_docstrings(source) + _comment_blocks(source))
-        except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
+        except UnicodeDecodeError:
             continue
-        if blocks:
-            yield "\n\n".join(text for _, text in blocks) + "\n"
+        if source.strip():
+            yield source
 
 
 def _docstrings(source: str) -> list[tuple[int, str]]:

@@ -9,7 +9,7 @@ similar (Frobenius cosine, also without the dimensions of largest variance).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -148,11 +148,12 @@ class LensEvaluation:
             )
         return found
 
-    def difference(self, first: str, second: str) -> list[Interval]:
-        """KL of one lens minus that of another by site, in nats a token, paired by rows of text."""
-        tokens = self._common_sums()[0]
-        a, b = (torch.cat(self._sums[name], -1)[0].numpy() for name in (first, second))
-        return [self._ratio(layer, tokens) for layer in a - b]
+    def difference(self, first: str, second: str, *, of: Literal["kl", "cross_entropy"] = "kl") -> list[Interval]:
+        """KL (or cross entropy) of one lens minus that of another by site, in nats a token, paired by rows of text."""
+        which = ("kl", "cross_entropy").index(of)
+        counted = self._common_sums()[which]
+        a, b = (torch.cat(self._sums[name], -1)[which].numpy() for name in (first, second))
+        return [self._ratio(layer, counted) for layer in a - b]
 
     def state(self) -> dict[str, Any]:
         """All sums so far."""
@@ -253,22 +254,62 @@ def transfer_correlation(penalty: Float[Tensor, "layers layers"], similarity: Fl
 
 @dataclass(frozen=True)
 class AttachReport:
-    """KL in nats by site: the lens on its own model, the attached lens and the logit lens on the other model."""
+    """What a lens of a base model reads in a fine-tuned version of it, on one text; in nats, by site.
+
+    Where a lens of the fine-tuned model itself was given, `tuned` has its scores as "own", and `cost` is how much
+    larger the cross entropy of the attached lens is than that of this one.
+    """
 
     lens: TunedLens
-    before: list[Interval]
-    after: list[Interval]
-    logit_lens: list[Interval]
+    """Attached to the fine-tuned model."""
+    base: LensScores
+    """Of the lens on its own model."""
+    tuned: dict[str, LensScores]
+    """Of "attached" and "logit" on the fine-tuned model, and of "own" where it was given."""
+    gain: list[Interval]
+    """KL of the attached lens minus that of the logit lens, paired by rows of text."""
+    cost: list[Interval] | None
+
+    @property
+    def before(self) -> list[Interval]:
+        """KL of the lens on its own model."""
+        return self.base.kl
+
+    @property
+    def after(self) -> list[Interval]:
+        """KL of the attached lens on the fine-tuned model."""
+        return self.tuned["attached"].kl
+
+    @property
+    def logit_lens(self) -> list[Interval]:
+        """KL of the logit lens on the fine-tuned model."""
+        return self.tuned["logit"].kl
 
 
 def attach_report(
-    lens: TunedLens, base: LanguageModel, tuned: LanguageModel, batches: TokenBatches, *, force: bool = False
+    lens: TunedLens,
+    base: LanguageModel,
+    tuned: LanguageModel,
+    batches: TokenBatches,
+    *,
+    own: TunedLens | None = None,
+    force: bool = False,
+    progress: str | None = None,
 ) -> AttachReport:
-    """Attach a lens of `base` to a fine-tuned version of it, and measure on the same text what it reads there."""
+    """Attach a lens of `base` to a fine-tuned version of it, and measure on the same text what it reads there.
+
+    `own` is a lens of the fine-tuned model to compare with. Raises `SondeError` as `TunedLens.attach` does.
+    """
     attached = lens.attach(tuned, force=force)
-    own = LensEvaluation(base, lens)
-    feed(base, batches, [own])
-    there = LensEvaluation(tuned, {"attached": attached, "logit": TunedLens.logit(tuned, sites=lens.sites)})
-    feed(tuned, batches, [there])
-    scores = there.scores()
-    return AttachReport(attached, own.scores()["lens"].kl, scores["attached"].kl, scores["logit"].kl)
+    on_base = LensEvaluation(base, lens)
+    feed(base, batches, [on_base], progress=progress)
+    lenses = {"attached": attached, "logit": TunedLens.logit(tuned, sites=lens.sites)}
+    there = LensEvaluation(tuned, lenses if own is None else {**lenses, "own": own})
+    feed(tuned, batches, [there], progress=progress)
+    return AttachReport(
+        attached,
+        on_base.scores()["lens"],
+        there.scores(),
+        there.difference("attached", "logit"),
+        None if own is None else there.difference("attached", "own", of="cross_entropy"),
+    )
