@@ -7,12 +7,14 @@ import pytest
 import torch
 from families import tiny
 
-from sonde.concepts.scrubbing import METHODS, RowLoss, Scrub, cut_points, row_loss, scrub
+from sonde.concepts.scrubbing import METHODS, CleanRun, Scrub, cut_points, scrub
 from sonde.data.python_docs import topics
 from sonde.data.rule_tags import tagged
 from sonde.errors import SondeError
 from sonde.lm.batches import TokenBatches
 from sonde.lm.model import LanguageModel
+from sonde.lm.row_loss import row_loss
+from sonde.lm.stream import feed
 from sonde.lm.token_labels import TokenLabels
 from sonde.organisms.small_lm import train_tokenizer
 
@@ -205,25 +207,22 @@ def test_activations_that_are_not_finite_are_named():
         scrub(lm, batches, labels, keep="recompute")
 
 
-def test_losses_are_those_of_the_model_and_are_paired_by_row():
-    lm, (batches, _) = model(), text()
-    whole = row_loss(lm, batches)
-    batch = next(iter(batches))
-    with torch.no_grad():
-        logp = lm(batch.tokens).logits.double().log_softmax(-1)
-    expected = -logp[:, :-1].gather(-1, batch.tokens[:, 1:, None]).sum((1, 2))
-    assert torch.allclose(torch.from_numpy(whole.nats[: len(expected)]), expected, rtol=1e-5)
-    assert whole.tokens.sum() == batches.n_tokens
-    assert whole.bytes.sum() == batches.n_bytes
-    assert whole.above(whole).estimate == 0
-    half = RowLoss(whole.nats[:3], whole.tokens[:3], whole.bytes[:3], whole.chunks[:3])
-    assert len(RowLoss.joined([whole, half]).nats) == len(whole.nats) + 3
-    with pytest.raises(ValueError, match="cannot be paired"):
-        whole.above(half)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_warns_on_ordinary_text(method):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scrub(model(), *text(), method=method)
+
+
+def test_one_clean_run_fits_several_concepts_and_their_controls():
+    lm, (batches, labels) = model(), text()
+    places = TokenLabels.by_place(batches.context)
+    run = CleanRun(cut_points(lm), batches, [labels, places])
+    feed(lm, batches, [run])
+    (leace, control), (other, _) = run.finish()
+    alone = scrub(lm, batches, labels, sequential=False)
+    h = torch.randn(4, lm.d_model)
+    for site, edit in alone.edits.items():
+        assert torch.allclose(leace.edits[site](h), edit(h), atol=1e-5)
+    assert control.ranks == leace.ranks
+    assert (control.method, other.concept) == ("random", "position")

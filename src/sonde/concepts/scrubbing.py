@@ -17,11 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,8 +34,6 @@ from sonde.lm.batches import TokenBatch, TokenBatches
 from sonde.lm.model import LanguageModel
 from sonde.lm.resumption import Resumption
 from sonde.lm.stream import all_merge
-from sonde.stats.information import bits, cross_entropy, log_probs
-from sonde.stats.intervals import Interval, bootstrap_ratio
 
 Method = Literal["leace", "sal", "random"]
 Where = Literal["all", "mixers", "mlps"]
@@ -196,56 +193,36 @@ def scrub(
     return made
 
 
-@dataclass(frozen=True)
-class RowLoss:
-    """Loss of a model on rows of text: nats and tokens summed over each row's scored tokens, bytes that these cover.
+class CleanRun:
+    """Consumer that fits several concepts at once on the run without edits: LEACE, and a random subspace for each.
 
-    chunks: the row's number in the text, by which losses of one text under several edits are paired.
+    `sequential=False` in one pass for all concepts, and over a stream that serves others too.
     """
 
-    nats: Float[np.ndarray, " rows"]
-    tokens: Float[np.ndarray, " rows"]
-    bytes: Float[np.ndarray, " rows"]
-    chunks: Int[np.ndarray, " rows"]
+    def __init__(
+        self, sites: Sequence[str], batches: TokenBatches, concepts: Sequence[Labels], *, seed: int = 0
+    ) -> None:
+        self.sites = tuple(sites)
+        self._batches, self._concepts, self._seed = batches, concepts, seed
+        self._found = [{site: _Fitting("leace", {}, seed).collects() for site in sites} for _ in concepts]
 
-    def bits_per_byte(self, *, clusters: Int[np.ndarray, " rows"] | None = None, seed: int = 0) -> Interval:
-        """Bits per byte; bootstrap over rows, or clusters of rows."""
-        return bootstrap_ratio(bits(self.nats), self.bytes, clusters, seed=seed)
+    def update(self, batch: Any) -> None:
+        """Take in a batch with activations at the sites."""
+        for labels, found in zip(self._concepts, self._found, strict=True):
+            z = labels.at(self._batches, batch.index)
+            for site in self.sites:
+                _update(found[site], batch.acts[site], z, site)
 
-    def above(self, other: "RowLoss", *, clusters: Int[np.ndarray, " rows"] | None = None, seed: int = 0) -> Interval:
-        """Bits per byte more than `other` on the same rows, paired."""
-        if not np.array_equal(self.chunks, other.chunks):
-            raise ValueError("losses of different rows cannot be paired")
-        return bootstrap_ratio(bits(self.nats - other.nats), self.bytes, clusters, seed=seed)
-
-    @staticmethod
-    def joined(parts: "Sequence[RowLoss]") -> "RowLoss":
-        """Rows of several one after another; a row that occurs twice keeps its number in `chunks`."""
-        names = ("nats", "tokens", "bytes", "chunks")
-        return RowLoss(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-
-
-@torch.no_grad()
-def row_loss(
-    lm: LanguageModel,
-    batches: TokenBatches,
-    edits: Mapping[str, AffineEdit] | None = None,
-    *,
-    progress: str | None = None,
-) -> RowLoss:
-    """Score a text under `edits` (a `Scrub`'s, or none)."""
-    nats, tokens = [], []
-    with lm.editing(edits or {}):
-        for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
-            logits = lm(batch.tokens, batch.mask).logits
-            assert logits is not None
-            # Row by row: log-probabilities of a whole batch would double the memory that its logits take.
-            for row, ids, scored in zip(logits, batch.tokens.to(lm.device), batch.scored.to(lm.device), strict=True):
-                nll = cross_entropy(log_probs(row[:-1]), ids[1:])[scored[1:]]
-                nats.append(nll.double().sum().item())
-            tokens.append(batch.scored.sum(-1))
-    sizes, chunks = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("n_bytes", "chunks"))
-    return RowLoss(np.array(nats), torch.cat(tokens).double().numpy(), sizes.double().numpy(), chunks.numpy())
+    def finish(self) -> list[tuple[Scrub, Scrub]]:
+        """For each concept its scrub, and the control."""
+        made = []
+        for labels, found in zip(self._concepts, self._found, strict=True):
+            fitting = _Fitting("leace", {}, self._seed)
+            leace = Scrub({s: fitting.edit(s, f) for s, f in found.items()}, "leace", labels.concept, sequential=False)
+            fitting = _Fitting("random", leace.ranks, self._seed)
+            control = {s: fitting.edit(s, f) for s, f in found.items()}
+            made.append((leace, Scrub(control, "random", labels.concept, sequential=False)))
+        return made
 
 
 class _Fitting:

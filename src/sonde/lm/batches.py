@@ -214,15 +214,18 @@ class TokenBatches:
         before = np.concatenate([[0], ends])[self._starts][document]
         return document, np.stack([ends - self._bytes, ends], 1) - before[:, None]
 
-    def split(self, fraction: float) -> tuple["TokenBatches", "TokenBatches"]:
+    def split(self, fraction: float, *, start: float | None = None) -> tuple["TokenBatches", "TokenBatches"]:
         """Two sets of batches over disjoint rows: the rest, and the last `fraction` of the text's rows.
 
         Neighbouring rows come from one document and share phrases, so that rows spread over the text would hold out
-        little. Raises `SondeError` when either part would be empty.
+        little. With `start` the held rows begin at that share of the text instead, and go on from its beginning when
+        they reach its end. Raises `SondeError` when either part would be empty.
         """
         if not 0 < fraction < 1:
             raise SondeError(f"a fraction of {fraction} cannot be held out; give one between 0 and 1")
-        held = np.arange(self.n_chunks) >= self.n_chunks - int(self.n_chunks * fraction + 1e-9)
+        count = int(self.n_chunks * fraction + 1e-9)
+        first = self.n_chunks - count if start is None else round(start * self.n_chunks)
+        held = (np.arange(self.n_chunks) - first) % self.n_chunks < count
         if held.all() or not held.any():
             raise SondeError(
                 f"{self} make {self.n_chunks} rows, of which a fraction of {fraction} cannot be held out; "
