@@ -165,7 +165,7 @@ class AffineEraser(ConceptEraser, AffineEdit):
         kind = torch.promote_types(dtype, torch.float32)
         if left.is_complex() and not kind.is_complex:
             kind = kind.to_complex()
-        self.left, self.right = left.to(kind), right.to(kind)
+        self.left, self.right = left.to(kind).contiguous(), right.to(kind).contiguous()
         self.reference = None if reference is None else reference.to(kind)
 
     def forward(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:

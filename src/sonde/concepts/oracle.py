@@ -60,9 +60,8 @@ class OracleEraser(LabelledEraser):
             self.z_mean = statistics.z_mean.to(kind.to_real())
         else:
             # at unit variance, so that the pseudo-inverse does not take a small column for none
-            covariance = statistics.z_covariance
-            deviation = covariance.diagonal().real.sqrt()
-            scale = torch.where(deviation > 0, deviation, 1)
+            covariance, scale = statistics.z_covariance, statistics.z_deviation
+            scale = torch.where(scale > 0, scale, 1)
             inverse = symmetric_power(covariance / scale / scale[:, None], -1) / scale / scale[:, None]
             self.slope = (statistics.cross_covariance @ inverse).to(kind)
             self.z_mean = statistics.z_mean.to(kind)

@@ -38,7 +38,7 @@ def fit_probe(x: Float[Tensor, "n d"], z: Tensor, *, reach: Reach, seed: int = 0
     settings: dict[str, Any] = {
         "hidden_layer_sizes": (_HIDDEN,),
         "learning_rate_init": 3e-3,
-        "batch_size": min(256, len(x)),
+        "batch_size": min(256, len(x) // 2),
         "max_iter": 60,
         "early_stopping": True,
         "n_iter_no_change": 5,

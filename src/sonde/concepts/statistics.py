@@ -203,13 +203,20 @@ class ConceptStatistics:
         if self.categorical:
             if int((self._weights > 0).sum()) < 2:
                 raise ValueError("nothing to erase: z is constant")
-            return cross / self.z_mean.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+            share = self.z_mean * (self.weight / (self.weight - 1))
+            return cross / share.sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        deviation = self.z_deviation
+        return torch.where(deviation > 0, cross / torch.where(deviation > 0, deviation, 1), 0)
+
+    @property
+    def z_deviation(self) -> Float[Tensor, " k"]:
+        """Standard deviation of each column of z, 0 for a constant. Raises `ValueError` where all are constant."""
         deviation = self.z_covariance.diagonal().real.sqrt()
         # Rounding leaves a constant with a deviation of about 1e-8 of its size.
-        varies = deviation > 1e-7 * self.z_mean.abs()
-        if not varies.any():
+        deviation = torch.where(deviation > 1e-7 * self.z_mean.abs(), deviation, 0)
+        if not bool((deviation > 0).any()):
             raise ValueError("nothing to erase: z is constant")
-        return torch.where(varies, cross / torch.where(varies, deviation, 1), 0)
+        return deviation
 
     @property
     def class_weights(self) -> Float[Tensor, " k"]:
