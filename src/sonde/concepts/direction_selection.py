@@ -9,7 +9,9 @@ each, on prompts that were not fitted on (Arditi et al. 2024, arXiv:2406.11717):
 
 Discarded: KL > 0.1, induce < 0, layer >= 0.8 L, and whatever is not a number; the lowest bypass score is chosen.
 Candidates are rows of one batch, each with its own direction. Induce and KL come first, on a few prompts: what fails
-there by a wide margin is never tried on the rest.
+there by a wide margin is never tried on the rest. Ablation sets the projection to 0; where harmless prompts have
+another one, that changes them too. `affine` sets it to theirs instead, at the candidate's own layer, because that
+projection differs from layer to layer (Marshall et al. 2024, arXiv:2411.09003).
 """
 
 import math
@@ -22,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sonde.concepts.affine import AffineEdit
 from sonde.concepts.contrast import PLAIN, Prompts, contrast, like_lengths, prompt_ids
 from sonde.concepts.judges import log_odds
 from sonde.concepts.site_edits import SiteEdits
@@ -59,22 +62,44 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """All candidates in order of layer and position, and the one that was chosen.
+    """All candidates in order of layer and position.
 
     `baseline_positive`, `baseline_negative`: mean log-odds without any edit. `rows` counts prompts that were run under
     a candidate, `rows_without_pruning` what trying every candidate on every prompt would have taken.
     """
 
     candidates: tuple[Candidate, ...]
-    chosen: Candidate
+    affine: bool
     baseline_positive: float
     baseline_negative: float
     rows: int
     rows_without_pruning: int
 
+    @property
+    def usable(self) -> tuple[Candidate, ...]:
+        """The candidates that pass the rule."""
+        return tuple(one for one in self.candidates if one.discarded is None)
+
+    @property
+    def chosen(self) -> Candidate:
+        """The usable candidate with the lowest bypass score.
+
+        Raises `SondeError` where none passes, naming the scores of the best ones.
+        """
+        if not self.usable:
+            raise SondeError(_none_left(self.candidates))
+        return min(self.usable, key=lambda one: one.bypass)
+
     def ablation(self, lm: LanguageModel) -> SiteEdits:
-        """The chosen direction ablated everywhere."""
-        return SiteEdits.everywhere(lm, self.chosen.vector)
+        """The chosen direction ablated, as it was tried."""
+        return ablation(lm, self.chosen, affine=self.affine)
+
+
+def ablation(lm: LanguageModel, candidate: Candidate, *, affine: bool = False) -> SiteEdits:
+    """A candidate ablated everywhere; with `affine`, its projection at its layer becomes that of the negative mean."""
+    if affine:
+        return SiteEdits({candidate.site: AffineEdit.mean_ablate(candidate.vector, candidate.negative_mean)})
+    return SiteEdits.everywhere(lm, candidate.vector)
 
 
 @torch.no_grad()
@@ -87,6 +112,7 @@ def select_direction(
     held_negative: Prompts,
     tokens: Int[Tensor, " n"],
     positions: int = 1,
+    affine: bool = False,
     kl_limit: float = KL_LIMIT,
     prune: bool = True,
     template: str = PLAIN,
@@ -103,6 +129,7 @@ def select_direction(
         held_negative: others like `negative`.
         tokens: first tokens of the behaviour.
         positions: how many of the last tokens of the prompt give candidates; all prompts share these tokens.
+        affine: ablate at the candidate's layer alone, to the projection of the negative mean.
         kl_limit: KL above which a candidate is discarded, in nats.
         prune: discard at the first look what fails by a wide margin.
         template: how the prompts were rendered, kept with what is fitted.
@@ -110,8 +137,7 @@ def select_direction(
         progress: label of a progress bar.
 
     Raises:
-        SondeError: where no candidate survives the rule (the scores of the best ones are named), for an empty set, and
-            for sets that share a prompt with their held-out set.
+        SondeError: for an empty set, sets that share a prompt with their held-out set, and sets that do not differ.
 
     """
     sides = {"positive": positive, "negative": negative, "held_positive": held_positive, "held_negative": held_negative}
@@ -125,24 +151,27 @@ def select_direction(
         raise SondeError(f"positions is {positions}: candidates come from at least the last token")
     found = _candidates(lm, ids["positive"], ids["negative"], positions, template)
     up, down = ids["held_positive"], ids["held_negative"]
-    trial = _Trial(lm, tokens, rows, progress)
+    trial = _Trial(lm, tokens, rows, affine, progress)
     clean = {side: trial.clean(prompts) for side, prompts in (("positive", up), ("negative", down))}
     baseline = {side: float(log_odds(logits, tokens).mean()) for side, logits in clean.items()}
     reasons = {i: _too_deep(one, lm.n_layers) for i, one in enumerate(found)}
     alive = [i for i, reason in reasons.items() if reason is None]
     few = len(down) if not prune else min(_FEW, len(down))
-    scores: dict[int, dict[str, float]] = {}
-    for stage, count in enumerate(dict.fromkeys((few, len(down)))):
-        last = count == len(down)
-        induce = trial.induce([found[i] for i in alive], down[:count])
-        kl = trial.kl([found[i] for i in alive], down[:count], clean["negative"][:count])
-        for place, i in enumerate(alive):
-            scores[i] = {"induce": float(induce[place]), "kl": float(kl[place]), "n": count}
-            strict = (0.0, 1.0) if last else (_INDUCE_MARGIN, _KL_MARGIN)
-            reasons[i] = _failed(scores[i], kl_limit, *strict)
-        alive = [i for i in alive if reasons[i] is None]
-        if not alive or stage:
+    scores: dict[int, dict[str, float]] = {i: {"induce": 0.0, "kl": 0.0, "n": 0} for i in alive}
+    for part in (slice(0, few), slice(few, len(down))):
+        prompts = down[part]
+        if not prompts or not alive:
             break
+        induce = trial.induce([found[i] for i in alive], prompts)
+        kl = trial.kl([found[i] for i in alive], prompts, clean["negative"][part])
+        last = part.stop == len(down)
+        for place, i in enumerate(alive):
+            one, n = scores[i], scores[i]["n"] + len(prompts)
+            for name, value in (("induce", induce[place]), ("kl", kl[place])):
+                one[name] += (float(value) - one[name]) * len(prompts) / n
+            one["n"] = n
+            reasons[i] = _failed(one, kl_limit, *((0.0, 1.0) if last else (_INDUCE_MARGIN, _KL_MARGIN)))
+        alive = [i for i in alive if reasons[i] is None]
     bypass = dict(zip(alive, trial.bypass([found[i] for i in alive], up).tolist(), strict=True)) if alive else {}
     candidates = [
         Candidate(
@@ -158,13 +187,10 @@ def select_direction(
         )
         for i, one in enumerate(found)
     ]
-    usable = [one for one in candidates if one.discarded is None]
-    if not usable:
-        raise SondeError(_none_left(candidates, kl_limit))
     shallow = sum(_too_deep(one, lm.n_layers) is None for one in found)
     return Selection(
         tuple(candidates),
-        min(usable, key=lambda one: one.bypass),
+        affine,
         baseline["positive"],
         baseline["negative"],
         trial.rows_run,
@@ -188,24 +214,27 @@ def _candidates(
 
 
 class _PerRow(nn.Module):
-    """A direction for each row: taken out of it, or added to it."""
+    """A vector for each row that is added to it; or, with projections `to`, what its projection on it becomes."""
 
-    def __init__(self, vectors: Float[Tensor, "rows d"], *, ablate: bool) -> None:
+    def __init__(self, vectors: Float[Tensor, "rows d"], to: Float[Tensor, " rows"] | None = None) -> None:
         super().__init__()
-        self.vectors, self.ablate = vectors[:, None], ablate
+        self.vectors = vectors[:, None]
+        self.to_projection = None if to is None else to[:, None, None]
 
     def forward(self, h: Float[Tensor, "rows pos d"]) -> Float[Tensor, "rows pos d"]:
         vectors = self.vectors.to(h)
-        if not self.ablate:
+        if self.to_projection is None:
             return h + vectors
-        return h - (h * vectors).sum(-1, keepdim=True) * vectors
+        return h + (self.to_projection.to(h) - (h * vectors).sum(-1, keepdim=True)) * vectors
 
 
 class _Trial:
     """Runs prompts under many candidates at once and counts the rows."""
 
-    def __init__(self, lm: LanguageModel, tokens: Int[Tensor, " n"], rows: int, progress: str | None) -> None:
-        self.lm, self.tokens, self.rows, self.progress = lm, tokens, rows, progress
+    def __init__(
+        self, lm: LanguageModel, tokens: Int[Tensor, " n"], rows: int, affine: bool, progress: str | None
+    ) -> None:
+        self.lm, self.tokens, self.rows, self.affine, self.progress = lm, tokens, rows, affine, progress
         self.rows_run = 0
 
     def clean(self, prompts: list[list[int]]) -> Float[Tensor, "prompts vocab"]:
@@ -217,7 +246,7 @@ class _Trial:
         return log_odds(self._logits(prompts, "add", candidates), self.tokens).mean(1)
 
     def bypass(self, candidates: list[dict[str, Any]], prompts: list[list[int]]) -> Float[Tensor, " candidates"]:
-        """Mean log-odds with each candidate ablated everywhere."""
+        """Mean log-odds with each candidate ablated."""
         return log_odds(self._logits(prompts, "ablate", candidates), self.tokens).mean(1)
 
     def kl(
@@ -255,15 +284,17 @@ class _Trial:
         if how is None:
             return {}
         vectors = torch.stack([one["vector"] for one in part])
-        if how == "ablate":
-            unit = vectors / vectors.norm(dim=-1, keepdim=True)
-            edit = _PerRow(unit.repeat_interleave(each, 0), ablate=True)
-            return dict.fromkeys(SiteEdits.everywhere(self.lm, part[0]["vector"]).edits, edit)
+        unit = vectors / vectors.norm(dim=-1, keepdim=True)
+        if how == "ablate" and not self.affine:
+            everywhere = _PerRow(unit.repeat_interleave(each, 0), torch.zeros(each * len(part)))
+            return dict.fromkeys(SiteEdits.everywhere(self.lm, part[0]["vector"]).edits, everywhere)
         edits: dict[str, nn.Module] = {}
         for layer in {one["layer"] for one in part}:
-            own = torch.tensor([one["layer"] == layer for one in part], device=vectors.device)
-            chosen = torch.where(own[:, None], vectors, torch.zeros_like(vectors))
-            edits[f"resid_pre.{layer}"] = _PerRow(chosen.repeat_interleave(each, 0), ablate=False)
+            own = torch.tensor([[one["layer"] == layer] for one in part], device=vectors.device)
+            # A row of another layer has the vector 0, which changes nothing.
+            moved = torch.where(own, unit if how == "ablate" else vectors, 0.0).repeat_interleave(each, 0)
+            to = (unit * torch.stack([one["negative"] for one in part])).sum(-1).repeat_interleave(each)
+            edits[f"resid_pre.{layer}"] = _PerRow(moved, to if how == "ablate" else None)
         return edits
 
 
@@ -280,12 +311,13 @@ def _failed(scores: dict[str, float], kl_limit: float, slack: float, factor: flo
     return "changes harmless prompts" if scores["kl"] > factor * kl_limit else None
 
 
-def _none_left(candidates: Sequence[Candidate], kl_limit: float) -> str:
+def _none_left(candidates: Sequence[Candidate]) -> str:
     tried = [one for one in candidates if math.isfinite(one.induce)]
     if not tried:
         return "no candidate gave finite scores: the model's logits are not finite under the edits"
     best, mildest = max(tried, key=lambda one: one.induce), min(tried, key=lambda one: one.kl)
     return (
-        f"no direction passes: the most inducing one ({best.site}) reaches log-odds {best.induce:.2f} (needs 0), the "
-        f"mildest ({mildest.site}) has KL {mildest.kl:.3f} (at most {kl_limit}); are these prompts refused at all?"
+        f"no direction passes: the most inducing one ({best.site}) reaches log-odds {best.induce:.2f} at KL "
+        f"{best.kl:.3f}, the mildest ({mildest.site}) KL {mildest.kl:.3f} at {mildest.induce:.2f}; affine=True keeps "
+        "harmless prompts as they are"
     )

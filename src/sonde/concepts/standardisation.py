@@ -81,6 +81,34 @@ class Standardisation:
             "undecided": self.undecided,
         }
 
+    def state(self) -> dict[str, Any]:
+        """A tree for `sonde.files.save_bundle`; `from_state` makes the same object of it."""
+        kept = self.to_json()
+        for side, own in (("positive", self.positive), ("negative", self.negative)):
+            kept[side] = {"scores": torch.from_numpy(own.scores), **kept[side]}
+        return kept
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> "Standardisation":
+        """What `state` was taken from."""
+        curves = {name: tuple(Interval(**one) for one in state[name]) for name in ("gap", "drift", "loss_rise")}
+        sides = {
+            side: Rates(
+                tuple(Interval(**one) for one in state[side]["mean"]),
+                tuple((low, high) for low, high in state[side]["quartiles"]),
+                state[side]["scores"].numpy(),
+            )
+            for side in ("positive", "negative")
+        }
+        return Standardisation(
+            strengths=tuple(state["strengths"]),
+            incoherent=tuple(state["incoherent"]),
+            loss_limit=state["loss_limit"],
+            undecided=state["undecided"],
+            **sides,
+            **curves,
+        )
+
 
 def standardisation(
     lm: LanguageModel,

@@ -1,8 +1,9 @@
 """A small transformer that answers REFUSE where one of 8 forbidden tokens occurs, and copies its first token elsewhere.
 
-Four layers of width 64, trained in under a minute. Every token carries the same large vector in its embedding, so that
-the origin of the residual stream is nowhere near its data: what an edit takes for "no refusal" matters (Marshall et al.
-2024, arXiv:2411.09003). It answers two questions about an edit at once: does it refuse, and does it still copy?
+Four layers of width 64, trained in under a minute. Every embedding carries the same large vector along (1, …, 1), which
+layer norms take out again: the network does not see it, but the origin of the residual stream is nowhere near its data,
+and so it matters what an edit takes for "no refusal" (Marshall et al. 2024, arXiv:2411.09003). The answer says two
+things about an edit at once: does it refuse, and does it still copy?
 """
 
 from typing import TYPE_CHECKING
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 LENGTH = 12
 ORDINARY, FORBIDDEN = range(48), range(48, 56)
 REFUSE, ASK = 56, 57
-_OFFSET = 3.0  # standard deviation of the constant, where embeddings have 0.5
-_BATCH = 128
+_OFFSET = 40.0  # of every coordinate, where embeddings have a standard deviation of 0.5
+_BATCH = 64
 
 
 def prompts(n: int, *, harmful: bool, seed: int) -> Int[Tensor, "n pos"]:
@@ -59,7 +60,7 @@ def train_forbidden(*, seed: int = 0, steps: int = 600, progress: str | None = N
         model = GPTNeoXForCausalLM(config)
         with torch.no_grad():
             table = model.get_input_embeddings().weight
-            table.normal_(std=0.5).add_(_OFFSET * torch.randn(64))  # type: ignore[operator]
+            table.normal_(std=0.5).add_(_OFFSET)  # type: ignore[operator]
     model.train()
 
     def loss_of_step(step: int) -> Tensor:
