@@ -13,6 +13,7 @@ from torch import Tensor
 
 Reach = Literal["linear", "mlp"]
 _HIDDEN = 64
+_DEAD = 1e-6  # of the largest deviation
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def fit_probe(x: Float[Tensor, "n d"], z: Tensor, *, reach: Reach, seed: int = 0
         raise ValueError(f"reach {reach!r} is unknown: use linear or mlp")
     rows, targets = as_real(x), z.cpu().numpy()
     mean, scale = rows.mean(0), rows.std(0)
-    scale = np.where(scale > 0, scale, 1)
+    # A dead coordinate (all-MiniLM has three, of deviation 1e-33 to 3e-9) would get a huge weight in the units of x.
+    scale = np.where(scale > _DEAD * scale.max(), scale, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit((rows - mean) / scale, targets[:, 0] if not labels and targets.shape[1] == 1 else targets)
