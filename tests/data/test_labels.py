@@ -78,8 +78,8 @@ def test_words_of_conllu_are_found_in_the_text_they_make(tmp_path):
     [
         ("1\tDogs\tNOUN\n", "line 1 has 3 columns"),
         ("x" + "\t_" * 9 + "\n", "begins with 'x'"),
-        ("1\ta" + "\t_" * 8 + "\n", "no upos labels"),
-        ("", "no upos labels"),
+        ("1\ta" + "\t_" * 8 + "\n", "no labels of part of speech"),
+        ("", "no labels of part of speech"),
     ],
 )
 def test_a_line_that_is_no_conllu_is_named(text, match, tmp_path):
@@ -120,7 +120,7 @@ def test_labels_come_from_spans_and_from_whole_texts(tmp_path):
         ('{"text": "abc"}', "neither"),
         ('{"label": "x"}', "expected an object"),
         ("{", "is not JSON"),
-        ('{"text": "abc", "label": null}', "no label labels"),
+        ('{"text": "abc", "label": null}', "no labels of label"),
     ],
 )
 def test_bad_rows_of_labels_are_named(row, match, tmp_path):

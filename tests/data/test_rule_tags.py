@@ -56,7 +56,7 @@ def test_other_concepts_are_refused():
 
 
 def test_a_text_without_words_has_no_capitals():
-    with pytest.raises(SondeError, match="no capitals labels"):
+    with pytest.raises(SondeError, match="no labels of capitals"):
         tagged(["1 2 3"], "capitals")
 
 

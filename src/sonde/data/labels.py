@@ -23,6 +23,7 @@ from sonde.errors import SondeError
 UNKNOWN = -1
 Rule = Literal["agree", "first"]
 _COLUMNS = {"upos": 3, "xpos": 4, "feats": 5, "deprel": 7}
+_CONCEPTS = {"upos": "part of speech", "deprel": "relation"}
 _AMBIGUOUS = -2
 _MOST_CLASSES = 1000
 
@@ -36,7 +37,7 @@ class LabelledText:
     texts: the documents; give these to `TokenBatches`.
     spans: of each document, rows of (first character, character after the last, class).
     names: the names of the classes.
-    concept: what the classes are classes of, such as "upos".
+    concept: what the classes are classes of, such as "part of speech".
     rule: how a token that covers several spans is labelled, see the module.
     """
 
@@ -76,7 +77,7 @@ class LabelledText:
                 kept.append((text, listed + (_rest(text, listed, outside) if outside else [])))
         found = {name for _, spans in kept for *_, name in spans}
         if not found:
-            raise SondeError(f"no {concept} labels: not one of {len(kept)} documents has a labelled span")
+            raise SondeError(f"no labels of {concept}: not one of {len(kept)} documents has a labelled span")
         classes = tuple(names) if names is not None else tuple(sorted(found))
         if len(classes) > _MOST_CLASSES:
             raise SondeError(
@@ -172,7 +173,7 @@ def read_conllu(paths: Sequence[str | Path], *, column: str = "upos") -> Labelle
     if field not in _COLUMNS or (field == "feats") != bool(feature):
         raise SondeError(f"column {column!r} does not exist: choose upos, xpos, deprel or feats:NAME")
     found = [document for path in paths for document in _conllu_documents(Path(path), _COLUMNS[field], feature)]
-    return LabelledText.of(found, concept=feature or field)
+    return LabelledText.of(found, concept=feature or _CONCEPTS.get(field, field))
 
 
 def labelled_sequences(texts: Iterable[str], labels: Iterable[str | None], *, concept: str) -> LabelledText:

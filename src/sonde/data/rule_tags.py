@@ -101,7 +101,7 @@ def tagged(texts: Iterable[str], concept: str) -> LabelledText:
         raise SondeError(f"there is no rule for {concept!r}: choose {', '.join(_TAGGERS)}, or give labels of your own")
     tagger = _TAGGERS[concept]
     rule = "first" if concept == "class" else "agree"
-    return LabelledText.of(((text, tagger(text)) for text in texts), concept=concept, rule=rule)
+    return LabelledText.of(((text, tagger(text)) for text in texts), concept=_CONCEPTS[concept], rule=rule)
 
 
 def _classes(text: str) -> Spans:
@@ -216,4 +216,5 @@ def _by_ending(low: str) -> str:
 
 
 _TAGGERS: dict[str, Callable[[str], Spans]] = {"class": _classes, "capitals": _capitals, "pos": _parts_of_speech}
+_CONCEPTS = {"class": "class of token", "capitals": "capitals", "pos": "part of speech"}
 RULES = tuple(_TAGGERS)

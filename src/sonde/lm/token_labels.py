@@ -60,7 +60,7 @@ class TokenLabels:
         names = [f"{low + 1} to {high}" for low, high in pairwise(edges)]
         if len(names) < 2:
             raise SondeError(f"nothing to erase: windows of {context} tokens have one bin of places")
-        made = cls("position", names, None)
+        made = cls("place in the window", names, None)
         made._edges = edges
         return made
 

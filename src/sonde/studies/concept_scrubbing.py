@@ -232,26 +232,26 @@ def _chapter(
     from sonde.runs.report.numbers import number
 
     joined = {name: RowLoss.joined(parts) for name, parts in losses.items()}
-    totals = {
-        name: loss.bits_per_byte(tempered=True, clusters=loss.chunks, seed=config.seed) for name, loss in joined.items()
-    }
-    plain = {name: loss.bits_per_byte(clusters=loss.chunks, seed=config.seed).estimate for name, loss in joined.items()}
-    findings = _findings(joined, labels, shlex.join(config.command()), config.seed)
-    added = findings[0].estimate or 0.0
+    seed, clean = config.seed, joined[_CLEAN]
+    drawn: dict[str, Any] = {"clusters": clean.chunks, "seed": seed}
+    totals = {name: loss.bits_per_byte(tempered=True, **drawn).estimate for name, loss in joined.items()}
+    plain = {name: loss.bits_per_byte(**drawn).estimate for name, loss in joined.items()}
+    above = {name: loss.above(clean, tempered=True, **drawn) for name, loss in joined.items() if name != _CLEAN}
+    findings = _findings(joined, labels, shlex.join(config.command()), seed)
     chart = chart_kinds.intervals(
         [
-            {"model": name, "bits": t.estimate, "low": t.low, "high": t.high, "as_it_is": plain[name]}
-            for name, t in totals.items()
+            {"model": name, "bits": t.estimate, "low": t.low, "high": t.high, "as_it_is": plain[name] - plain[_CLEAN]}
+            for name, t in above.items()
         ],
         label="model",
         value="bits",
         low="low",
         high="high",
         control="as_it_is",
-        reference=("no edit", totals[_CLEAN].estimate),
-        title=f"Without {labels.concept} the model needs {number(added, 2)} bits per byte more",
-        subtitle="Loss on held-out text at each one's best temperature, 95 % intervals; grey ticks: as it is",
-        x_title="loss (bits per byte)",
+        reference=("no edit", 0.0),
+        title=f"Without {labels.concept} the model needs {number(above[_LEACE].estimate, 2)} bits per byte more",
+        subtitle="Loss added on held-out text at each one's best temperature, 95 % intervals; grey ticks: as it is",
+        x_title="added loss (bits per byte)",
         y_title="what is erased",
     )
     counts = labels.counts(fit)
@@ -259,9 +259,9 @@ def _chapter(
         id="scrubbing",
         question=f"How much does the model lean on {labels.concept}?",
         answer=(
-            f"{findings[0].sentence} It needs {number(totals[_CLEAN].estimate)} bits per byte with no edit, "
-            f"{number(totals[_RANDOM].estimate)} without a random subspace of as many dimensions and "
-            f"{number(totals[_LEACE].estimate)} after LEACE."
+            f"{findings[0].sentence} It needs {number(totals[_CLEAN])} bits per byte with no edit, "
+            f"{number(totals[_RANDOM])} without a random subspace of as many dimensions and "
+            f"{number(totals[_LEACE])} after LEACE."
         ),
         findings=findings,
         blocks=[
@@ -286,7 +286,7 @@ def _chapter(
                     [
                         name,
                         *(p.bits_per_byte(tempered=True, seed=config.seed).estimate for p in parts),
-                        totals[name].estimate,
+                        totals[name],
                         plain[name],
                     ]
                     for name, parts in losses.items()

@@ -17,6 +17,8 @@ CHAPTERS = {
     "loss": "Loss",
     "depth": "Depth",
     "passage": "Passage",
+    "concepts": "Concepts",
+    "control": "Control",
     "cost": "Cost",
 }
 
