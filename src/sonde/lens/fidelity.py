@@ -9,8 +9,10 @@ component replaced at all positions, and its prediction p' is held against its o
 (Belrose et al. 2303.08112, section 4.1). Directions are rows of one batch, and blocks before l are not run again.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +82,24 @@ class Fidelity:
             raise SondeError(f"the basis has {len(self.basis.effects)} directions, so there is no top {top}")
         order = self.basis.energy.argsort()[::-1][:top]
         return bootstrap_ratio(self.basis.effects[order].mean(0), self.control.effects.mean(0))
+
+    def state(self) -> dict[str, Any]:
+        """A tree for `sonde.files.save_bundle`."""
+        parts = {"basis": self.basis, "control": self.control}
+        numbers = {
+            name: {field.name: torch.from_numpy(getattr(part, field.name)) for field in dataclasses.fields(part)}
+            for name, part in parts.items()
+        }
+        return {"site": self.site, **numbers}
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> "Fidelity":
+        """What `state` was taken from."""
+        own, control = (
+            DirectionEffects(**{name: values.numpy() for name, values in state[part].items()})
+            for part in ("basis", "control")
+        )
+        return Fidelity(state["site"], own, control)
 
 
 @torch.no_grad()
