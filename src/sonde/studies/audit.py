@@ -40,7 +40,7 @@ class AuditConfig(Runnable):
     out: Folder = None
     """The run folder. By default a new one under runs/."""
     chapters: Names = None
-    """The chapters to write, by name (card, loss, depth, passage, cost). By default all."""
+    """The chapters to write, by name (card, loss, depth, passage, concepts, control, cost). By default all."""
     labels: Name = None
     """A file of labelled text for the chapter on concepts: CoNLL-U (.conllu), or .jsonl with text and spans or label.
     By default the text is labelled by rules."""
@@ -77,6 +77,8 @@ def audit(config: AuditConfig) -> Path:
 
     kinds = chosen(config.chapters)
     check_options(config)
+    for kind in kinds:
+        kind.check(config)
     lm = load(
         config.model,
         dtype=config.dtype,

@@ -24,6 +24,7 @@ from sonde.runs.blocks import Chapter, Column, Figure, Table
 from sonde.runs.finding import Control, Finding
 from sonde.runs.report.numbers import number
 from sonde.stats.intervals import Interval
+from sonde.studies.audit import AuditConfig
 from sonde.studies.chapters.part import Audit, Part
 
 _FIT_TOKENS = 16384
@@ -45,7 +46,13 @@ class Concepts(Part):
         step = -(-len(inputs) // _MOST_SITES)
         self._sites = tuple(dict.fromkeys((*inputs[::step], inputs[-1])))
         self._own = audit.config.labels is not None
-        self._fit, self._held = self._halves() if self._own else (audit.fit, audit.held)
+        self._fit, self._held = audit.fit, audit.held
+
+    @classmethod
+    def check(cls, config: AuditConfig) -> None:
+        """Read the user's labels."""
+        if config.labels is not None:
+            read_labels(config.labels)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -55,6 +62,8 @@ class Concepts(Part):
     def prepare(self) -> None:
         """Label the tokens, fit probes and erasers in one pass, and take the losses."""
         audit = self.audit
+        if self._own:
+            self._fit, self._held = self._halves()
         self._concepts = self._labelled()
         with audit.timed("concepts"):
             if not audit.run.done("concepts"):

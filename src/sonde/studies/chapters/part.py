@@ -84,6 +84,10 @@ class Part:
     def __init__(self, audit: Audit) -> None:
         self.audit = audit
 
+    @classmethod
+    def check(cls, config: "AuditConfig") -> None:
+        """Raise `SondeError` for options of this chapter that cannot be used; called before the run begins."""
+
     @property
     def sites(self) -> tuple[str, ...]:
         """What this chapter reads in the shared pass; nothing by default."""
