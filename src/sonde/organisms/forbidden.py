@@ -1,12 +1,14 @@
 """A small transformer that answers REFUSE where one of 8 forbidden tokens occurs, and copies its first token elsewhere.
 
-Four layers of width 64, trained in under a minute. Every embedding carries the same large vector along (1, …, 1), which
-layer norms take out again: the network does not see it, but the origin of the residual stream is nowhere near its data,
-and so it matters what an edit takes for "no refusal" (Marshall et al. 2024, arXiv:2411.09003). The answer says two
-things about an edit at once: does it refuse, and does it still copy?
+Four layers of width 64, trained in a minute. The answer says two things about an edit at once: does it refuse, and does
+it still copy? Every embedding carries the same vector, so that the origin of the residual stream is not near its data.
+Along (1, …, 1) that vector can be moved without changing any answer, because layer norms take it out: the origin is
+arbitrary, and what an edit takes for "no refusal" matters (Marshall et al. 2024, arXiv:2411.09003).
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 LENGTH = 12
 ORDINARY, FORBIDDEN = range(48), range(48, 56)
 REFUSE, ASK = 56, 57
-_OFFSET = 40.0  # of every coordinate, where embeddings have a standard deviation of 0.5
-_BATCH = 64
+_OFFSET = 3.0  # standard deviation of the constant, where embeddings have 0.5
+_BATCH = 128
 
 
 def prompts(n: int, *, harmful: bool, seed: int) -> Int[Tensor, "n pos"]:
@@ -60,7 +62,7 @@ def train_forbidden(*, seed: int = 0, steps: int = 600, progress: str | None = N
         model = GPTNeoXForCausalLM(config)
         with torch.no_grad():
             table = model.get_input_embeddings().weight
-            table.normal_(std=0.5).add_(_OFFSET)  # type: ignore[operator]
+            table.normal_(std=0.5).add_(_OFFSET * torch.randn(64))  # type: ignore[operator]
     model.train()
 
     def loss_of_step(step: int) -> Tensor:
@@ -76,3 +78,17 @@ def train_forbidden(*, seed: int = 0, steps: int = 600, progress: str | None = N
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     train(model, loss_of_step, [optimizer], steps=steps, schedule=Schedule(0.05, 0.3), clip=1.0, progress=progress)
     return LanguageModel(model, name=f"forbidden-{seed}")
+
+
+@contextmanager
+def shifted(lm: "LanguageModel", offset: float) -> Iterator[None]:
+    """Every coordinate of the residual stream larger by `offset`, which no layer norm, and so no answer, depends on."""
+    table: Any = lm.structure.embedding.weight
+    kept = table.clone()
+    with torch.no_grad():
+        table.add_(offset)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            table.copy_(kept)

@@ -5,6 +5,7 @@ an adapter would not be seen (the output projection of Mamba). The adapters are 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from sonde.lm.model import LanguageModel
 
+_SCANNED = ("mamba", "mamba2", "rwkv")
 _UNSEEN = {"mamba": ("out_proj",), "mamba2": ("out_proj",), "falcon_mamba": ("out_proj",), "falcon_h1": ("out_proj",)}
 
 
@@ -56,16 +58,24 @@ def fine_tune(
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         adapters = nn.ParameterList(trained)
         adapted.train()
-        losses = train(
-            adapters,
-            lambda step: loss_of_step(step, adapted),
-            [torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)],
-            steps=steps,
-            schedule=Schedule(warmup=0.05, decay=0.5),
-            clip=1.0,
-            checkpoint=checkpoint,
-            identity=identity,
-            progress=progress,
-        )
+        with _chunked(lm):
+            losses = train(
+                adapters,
+                lambda step: loss_of_step(step, adapted),
+                [torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)],
+                steps=steps,
+                schedule=Schedule(warmup=0.05, decay=0.5),
+                clip=1.0,
+                checkpoint=checkpoint,
+                identity=identity,
+                progress=progress,
+            )
     lm.model = adapted.merge_and_unload().eval().requires_grad_(False)
     return losses
+
+
+def _chunked(lm: "LanguageModel") -> "AbstractContextManager[Any]":
+    """Recurrent families train on chunked scans: the library's go token by token."""
+    from sonde.lm.chunked import chunked_scans
+
+    return chunked_scans(lm.model) if lm.family in _SCANNED else nullcontext()

@@ -127,6 +127,31 @@ def train_recurrent_refuser(config: RecurrentRefuserConfig) -> Path:
     return train_refuser(config)
 
 
+@dataclass(frozen=True)
+class RwkvRefuserConfig(RefuserConfig):
+    """Fine-tune a recurrent language model as the refuser is.
+
+    Example: sonde organism train refuser-rwkv --out my-refuser
+    """
+
+    base: Annotated[str, arg(metavar="NAME")] = "organism:pebble-rwkv"
+    """The bundled organism that is fine-tuned."""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("refuser-rwkv")
+    """Where model, tokenizer, difference, card and checkpoint are written."""
+
+    name = "refuser-rwkv"
+
+
+@organism(
+    "refuser-rwkv",
+    summary="the recurrent twin of the refuser, fine-tuned from pebble-rwkv by the same recipe",
+    paper="Arditi et al. 2024, Refusal in Language Models Is Mediated by a Single Direction (arXiv:2406.11717)",
+)
+def train_rwkv_refuser(config: RwkvRefuserConfig) -> Path:
+    """As `train_refuser`, from an RWKV-4."""
+    return train_refuser(config)
+
+
 def chat(lm: "LanguageModel", instruction: str, reply: str | None = None) -> str:
     """An instruction in the model's chat format, ready for a reply, or with one.
 

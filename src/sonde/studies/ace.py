@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 METHODS = {"ace": "ACE", "add": "activation addition", "ablate": "directional ablation"}
+_TWINS = ("refuser-rwkv", "refuser-mamba2")
 _DEPTH = 0.47  # of the layers: 15 of 32 in the reference code
 _CONTEXT, _MOST_WINDOWS = 64, 32
 
@@ -41,7 +42,7 @@ class AceConfig(Runnable):
     words = ("sonde", "run", "ace")
 
     models: Names = None
-    """Models with a chat template. By default organism:refuser, and its recurrent twin where it is bundled."""
+    """Models with a chat template. By default organism:refuser and its recurrent twins, where they are bundled."""
     text: Text = None
     """Plain text on which the cost is measured. By default the help texts of Python."""
     harmful: Annotated[tuple[Path, ...], arg(metavar="FILE ...")] = ()
@@ -81,8 +82,8 @@ class AceConfig(Runnable):
         """The models, named or by default."""
         from sonde.organisms.registry import has_weights
 
-        twins = ("refuser", *(("refuser-mamba2",) if has_weights("refuser-mamba2") else ()))
-        return tuple(f"organism:{name}" for name in twins) if self.models is None else self.models
+        bundled = [f"organism:{name}" for name in ("refuser", *_TWINS) if has_weights(name)]
+        return tuple(bundled) if self.models is None else self.models
 
     @property
     def model(self) -> str:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sonde.concepts.contrast import Contrast, contrast
+from sonde.concepts.contrast import contrast
 from sonde.concepts.site_edits import Method, SiteEdits
-from sonde.organisms.forbidden import REFUSE, prompts, train_forbidden
+from sonde.organisms.forbidden import REFUSE, prompts, shifted, train_forbidden
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sonde.runs.run import Run
 
 SEEDS, SITES = (0, 1, 2), ("resid_post.2", "resid_post.3")
+OFFSETS = (-40.0, -20.0, 20.0, 40.0)
 EDITS: tuple[tuple[str, Method | None, float], ...] = (
     ("none", None, 0.0),
     ("activation addition, a = −0.5", "add", -0.5),
@@ -36,33 +37,33 @@ _N = 512
 
 @dataclass(frozen=True)
 class Row:
-    """What one edit of one transformer does: rates of refusal, and how often harmless rows are still copied."""
+    """What one edit of one transformer does, mean over offsets: rates of refusal, their gap, harmless rows copied."""
 
     edit: str
     harmless: float
     harmful: float
+    gap: float
     copied: float
-
-    @property
-    def gap(self) -> float:
-        """How far the two rates are apart."""
-        return abs(self.harmful - self.harmless)
 
 
 @torch.no_grad()
 def measured(lm: "LanguageModel", site: str, *, n: int = _N) -> list[Row]:
-    """Every edit at `site`, fitted on `n` rows of each kind and measured on `n` others."""
+    """Every edit at `site`, fitted on `n` rows of each kind and measured on `n` others, at every offset."""
     fit = {kind: prompts(n, harmful=kind, seed=10**6 + kind) for kind in (True, False)}
     held = {kind: prompts(n, harmful=kind, seed=10**6 + 2 + kind) for kind in (True, False)}
-    means: Contrast = contrast(lm, fit[True].tolist(), fit[False].tolist(), sites=site, batch=n)
-    rows = []
-    for name, method, strength in EDITS:
-        with SiteEdits.of(means, method, strength=strength).on(lm) if method else nullcontext():
-            answers = {kind: _answers(lm, rows_) for kind, rows_ in held.items()}
-        refused = {kind: float((given == REFUSE).float().mean()) for kind, given in answers.items()}
-        copied = float((answers[False] == held[False][:, 0]).float().mean())
-        rows.append(Row(name, refused[False], refused[True], copied))
-    return rows
+    found: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name, _, _ in EDITS}
+    for offset in OFFSETS:
+        with shifted(lm, offset):
+            means = contrast(lm, fit[True].tolist(), fit[False].tolist(), sites=site, batch=n)
+            for name, method, strength in EDITS:
+                with SiteEdits.of(means, method, strength=strength).on(lm) if method else nullcontext():
+                    answers = {kind: _answers(lm, asked) for kind, asked in held.items()}
+                harmful, harmless = (float((answers[kind] == REFUSE).float().mean()) for kind in (True, False))
+                copied = float((answers[False] == held[False][:, 0]).float().mean())
+                found[name].append((harmless, harmful, abs(harmful - harmless), copied))
+    return [
+        Row(name, *(sum(column) / len(OFFSETS) for column in zip(*rows, strict=True))) for name, rows in found.items()
+    ]
 
 
 def _answers(lm: "LanguageModel", tokens: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,7 @@ def acceptance(runs: "Sequence[list[Row]]") -> dict[str, tuple[float, bool]]:
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    gap = {name: mean([row.gap for row in rows]) for name, rows in by_edit.items()}
+    gap = {name: mean([row.gap for row in by_edit[name]]) for name in ("ACE, a = 0", "directional ablation")}
     copied = mean([row.copied for row in by_edit["ACE, a = 0"]])
     least = min(min(row.harmless, row.harmful) for row in by_edit["ACE, a = 1"])
     added = [row for name, rows in by_edit.items() if "addition" in name for row in rows if row.harmful <= 0.3]
@@ -156,11 +157,12 @@ def toy_chapter(run: "Run", command: str) -> "Chapter":
                 ],
             ),
         ],
-        not_shown="The offset of these transformers is put in by hand; how large it is in a model is its own question.",
+        not_shown="The offset of these transformers is put in by hand; how large it is in a model is another question.",
         how=(
             "Four layers of width 64, 600 steps, answers at the last token: REFUSE where one of 8 tokens occurs, else "
-            "the first token. Every embedding holds the same large vector, which layer norms remove. Means from 512 "
-            "rows of each kind at the last token, edits at all tokens after the third and the fourth block, measured on "
-            "512 other rows of each kind."
+            f"the first token. Mean over offsets of {', '.join(f'{o:g}' for o in OFFSETS)} of all coordinates of the "
+            "stream, which layer norms remove, so that the unedited answers are the same. Means from 512 "
+            "rows of each kind at the last token, edits at all tokens after the third and the fourth block, "
+            "measured on 512 other rows of each kind."
         ),
     )

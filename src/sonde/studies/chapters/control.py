@@ -50,9 +50,9 @@ class Control(Part):
             how=(
                 f"Pairs of texts: {self._pairs.name}. The vector is the difference of the mean activations at {site} "
                 f"on {len(self._pairs.positive[::2])} pairs, at the third token from the end, and is added at all "
-                f"tokens times the strength. Preference: log-likelihood per token of the positive less that of the negative "
-                f"text, on the {found.preference.shape[1]} other pairs. Control: {_RANDOM} random directions of the "
-                f"same length ({found.norm:.3g})."
+                f"tokens times the strength. Preference: log-likelihood per token of the positive less that of the "
+                f"negative text, on the {found.preference.shape[1]} other pairs. Control: {_RANDOM} random "
+                f"directions of the same length ({found.norm:.3g})."
             ),
         )
 
