@@ -85,8 +85,8 @@ class Scrub:
         write_json(folder / _CONFIG, {"format": _FORMAT, **settings, "sites": list(self.edits)})
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Scrub":
-        """Read what `save` wrote. Raises `SondeError` for a folder that holds no scrub, or a damaged one."""
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> "Scrub":
+        """Read what `save` wrote, onto a device. Raises `SondeError` for a folder without a scrub, or a damaged one."""
         folder = Path(folder)
         try:
             config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ class Scrub:
             raise SondeError(f"{folder} is not the folder of a scrub: {_CONFIG} cannot be read") from error
         if config.get("format") != _FORMAT:
             raise SondeError(f"{folder / _CONFIG} is not the configuration of a scrub")
-        edits = {site: AffineEdit.load(folder / site) for site in config["sites"]}
+        edits = {site: AffineEdit.load(folder / site).to(device) for site in config["sites"]}
         return cls(edits, config["method"], config["concept"], config["sequential"])
 
 
@@ -165,7 +165,11 @@ def scrub(
     k = _classes(batches, labels)
     fitting = _Fitting(method, {site: (ranks or {}).get(site, k - 1) for site in chosen}, seed)
     folder = None if folder is None else Path(folder)
-    edits = {} if folder is None else {s: AffineEdit.load(folder / s) for s in chosen if (folder / s).is_dir()}
+    edits = (
+        {}
+        if folder is None
+        else {s: AffineEdit.load(folder / s).to(lm.device) for s in chosen if (folder / s).is_dir()}
+    )
     with tqdm(desc=progress, unit="batch", disable=progress is None or batches.rank > 0) as bar:
         walk = _Walk(lm, batches, keep, folder, bar)
         if not sequential:

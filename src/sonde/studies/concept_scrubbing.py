@@ -194,7 +194,7 @@ def _fitted(
 
     folder = run.path("scrubs", step)
     if (folder / "scrub.json").exists():
-        return Scrub.load(folder)
+        return Scrub.load(folder, device=lm.device)
     method, sequential = next((method, order) for other, method, order in CONDITIONS if other == name)
     return scrub(
         lm,
