@@ -91,7 +91,8 @@ class ConceptStatistics:
             self._fade(self.decay)
         self.dtype = torch.promote_types(self.dtype, x.dtype)
         self.n += len(x)
-        self._power += float(torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32)))) ** 2
+        if self.covariance_kind == "none":
+            self._power += float(torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32)))) ** 2
         if self.categorical:
             self._update_classes(x, z)
         elif self._pooled is not None:
@@ -244,7 +245,10 @@ class ConceptStatistics:
     @property
     def root_mean_square(self) -> float:
         """Of the rows' coordinates: the size against which sums of them are rounded."""
-        return (self._power / max(1, self.n) / self.dim) ** 0.5
+        if self.covariance_kind == "none":
+            return (self._power / max(1, self.n) / self.dim) ** 0.5
+        spread = float(self.covariance.diagonal().real.sum()) + float(self.mean.abs().square().sum())
+        return (spread / self.dim) ** 0.5
 
     def state(self) -> dict[str, Any]:
         """A tree for `sonde.files.save_bundle`; `ConceptStatistics.from_state` continues from it."""

@@ -75,13 +75,16 @@ class Moments:
             self._mean, self._scatter = self._mean.to(torch.complex128), self._scatter.to(torch.complex128)
         if self._mean.is_complex():
             kind = torch.complex64 if kind == torch.float32 else torch.complex128
+        room: list[Tensor] = []
         for start in range(0, len(parts[0]), _ROWS):
             rows = [part[start : start + _ROWS].to(self._mean.device, kind) for part in parts]
             means = [part.mean(0) for part in rows]
             if not all(mean.isfinite().all() for mean in means):
                 bad = sum((~part.isfinite()).any(-1) for part in rows) > 0
                 raise ValueError(f"{int(bad.sum())} of {len(bad)} rows hold nan or infinity")
-            rows = [part - mean for part, mean in zip(rows, means, strict=True)]
+            # one piece of memory for all chunks: fresh pages cost as much as the subtraction
+            room = room or [torch.empty_like(part) for part in rows]
+            rows = [torch.sub(p, m, out=r[: len(p)]) for p, m, r in zip(rows, means, room, strict=True)]
             mean = torch.cat([m.to(self._mean.dtype) for m in means])
             if kind != self._mean.dtype:
                 # what rounding left of the batch's mean

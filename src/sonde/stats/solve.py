@@ -105,9 +105,9 @@ class Root:
     """A square root G of a covariance, A = G Gᴴ, that can be applied and undone; in float64 (complex128).
 
     G is the Cholesky factor where A is well enough conditioned (judged at unit diagonal, where units of single
-    coordinates do not count), which costs d³/3 and no eigenvectors. Otherwise eigenvalues up to d eps of the largest are
-    dropped and G is d x rank, with its pseudo-inverse. Raises `ValueError` for a
-    matrix that is not square, not finite or has an eigenvalue clearly below 0.
+    coordinates do not count), which costs d³/3 and no eigenvectors. Otherwise eigenvalues up to d eps of the largest
+    are dropped and G is d x rank, with its pseudo-inverse. Raises `ValueError` for a matrix that is not square, not
+    finite or has an eigenvalue clearly below 0.
 
     Attributes:
         rank: numerical rank of A.
@@ -139,6 +139,10 @@ class Root:
     def colour(self, b: Float[Tensor, "rank k"]) -> Float[Tensor, "d k"]:
         """G b: what is white becomes correlated as A says."""
         return self._factor @ b
+
+    def colour_adjoint(self, b: Float[Tensor, "d k"]) -> Float[Tensor, "rank k"]:
+        """Gᴴ b."""
+        return self._factor.mH @ b
 
     def whiten(self, b: Float[Tensor, "d k"]) -> Float[Tensor, "rank k"]:
         """G⁺ b."""
