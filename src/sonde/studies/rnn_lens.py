@@ -49,8 +49,8 @@ class RnnLensConfig(Runnable):
 
     models: Annotated[tuple[str, ...], arg(metavar="MODEL ...")] = (
         "organism:pebble",
-        "organism:pebble-mamba2",
         "organism:pebble-rwkv",
+        "organism:pebble-mamba2",
     )
     """Local folders in Hugging Face format, names on the hub, or organism:NAME."""
     text: Text = None
