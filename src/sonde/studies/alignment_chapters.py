@@ -86,10 +86,8 @@ def response(aligned: dict[str, list[Alignment]], size: int, tokens: int, comman
                 caption="Stimulus (lens) and response (model) when a subspace is exchanged between rows of text",
                 columns=[
                     "lens, subspace",
-                    "state",
+                    "block",
                     "similarity",
-                    "low",
-                    "high",
                     "other token",
                     Column(name="stimulus", unit="bits"),
                     Column(name="response", unit="bits"),
@@ -98,9 +96,8 @@ def response(aligned: dict[str, list[Alignment]], size: int, tokens: int, comman
                 rows=[
                     [
                         way,
-                        layer.site,
+                        layer.site.rpartition(".")[2],
                         layer.similarity.estimate,
-                        *layer.similarity.bounds,
                         layer.control.estimate,
                         *(_BITS * point.estimate for point in (layer.stimulus, layer.response, layer.loss_change)),
                     ]

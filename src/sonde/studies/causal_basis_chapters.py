@@ -119,7 +119,7 @@ def agreement(found: list[Fidelity], tokens: int, command: str) -> Chapter:
         Table(
             id="fidelity.table",
             caption="Spearman correlation of energy and effect over directions, with 95 % intervals",
-            columns=["state", "causal directions", "low", "high", "random directions", "low ", "high "],
+            columns=["state", "causal directions", "low", "high", "random directions", "random: low", "random: high"],
             rows=[
                 [layer.site, own.estimate, *own.bounds, other.estimate, *other.bounds]
                 for layer, own, other in zip(found, rho, control, strict=True)
@@ -182,7 +182,7 @@ def _energies(found: list[Fidelity]) -> Figure:
         log=True,
         title=f"{half} of {k} directions hold half of the energy at {found[len(found) // 2].site}",
         subtitle="Energy: KL(lens || lens without the direction) in bits per token, 95 % bands",
-        x_title="direction, in the order of the half it was found on",
+        x_title="direction, strongest first on the first half of the text",
         y_title="energy (bits)",
     )
     return Figure(id="directions.energy", chart=chart, caption="Energy of each direction, with random directions.")
@@ -262,27 +262,23 @@ def _scatter(layer: Fidelity, place: int) -> Figure:
         if x > 0 and y > 0
     ]
     rho = layer.basis.spearman()
-    colour = alt.Color(
-        "kind:N",
-        title=None,
-        scale=alt.Scale(domain=["causal", "random"], range=["var(--accent)", "var(--ctl)"]),
-        legend=alt.Legend(orient="top"),
-    )
-    shape = alt.Shape("kind:N", title=None, scale=alt.Scale(domain=["causal", "random"], range=["circle", "square"]))
+    kinds = ["causal", "random"]
+    colour = alt.Scale(domain=kinds, range=["var(--accent)", "var(--ctl)"])
+    shape = alt.Scale(domain=kinds, range=["circle", "square"])
     chart = (
         alt.Chart(alt.InlineData(values=rows))
         .mark_point(filled=True, opacity=0.85, size=46)
         .encode(
-            x=alt.X("energy:Q", title="energy in the lens (bits, log scale)", scale=alt.Scale(type="log")),
-            y=alt.Y("effect:Q", title="effect on the model (bits, log scale)", scale=alt.Scale(type="log")),
-            color=colour,
-            shape=shape,
+            x=_log_axis(alt, "energy", "energy in the lens (bits, log scale)", [row["energy"] for row in rows]),
+            y=_log_axis(alt, "effect", "effect on the model (bits, log scale)", [row["effect"] for row in rows]),
+            color=alt.Color("kind:N", scale=colour, legend=None),
+            shape=alt.Shape("kind:N", scale=shape, legend=None),
             tooltip=[alt.Tooltip(f"{name}:Q", format=".3~g") for name in ("energy", "effect")],
         )
         .properties(
             title=alt.TitleParams(
                 f"At {layer.site}, energy and effect correlate at {number(rho.estimate, 2)}",
-                subtitle=f"Each dot is a direction; Spearman {number(rho.estimate, 2)}, 95 % interval "
+                subtitle=f"Each dot is a direction, grey squares are random ones; Spearman, 95 % interval "
                 f"{number(rho.low, 2)} to {number(rho.high, 2)}",
             ),
             padding={"left": 5, "top": 4, "bottom": 5, "right": 24},
@@ -290,3 +286,14 @@ def _scatter(layer: Fidelity, place: int) -> Figure:
     )
     caption = f"Energy in the lens against effect on the model at {layer.site}; grey squares are random directions."
     return Figure(id=f"fidelity.scatter-{place}", chart=chart, caption=caption)
+
+
+def _log_axis(alt: Any, field: str, title: str, values: list[float]) -> Any:
+    """A logarithmic axis around the values, with ticks at 1, 2 and 5 times powers of ten."""
+    low, high = min(values) / 1.3, max(values) * 1.3
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{step}e{power}") for power in powers for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axis = alt.Axis(values=ticks, tickCount=len(ticks), format="~g", grid=False)
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    return (alt.X if field == "energy" else alt.Y)(f"{field}:Q", title=title, axis=axis, scale=scale)
