@@ -210,6 +210,17 @@ def test_what_is_not_a_run_cannot_be_resumed(tmp_path):
         read_run(tmp_path / "a")
 
 
+@pytest.mark.parametrize("name", ["run.json", "config.json", "environment.json"])
+def test_a_damaged_folder_is_left_as_it_was(tmp_path, name):
+    kill(start(tmp_path / "a"))
+    (tmp_path / "a" / ".lock").unlink()
+    (tmp_path / "a" / name).write_text("{")
+    before = sorted(path.name for path in (tmp_path / "a").iterdir())
+    with pytest.raises(SondeError, match="missing or damaged"):
+        Run.resume(tmp_path / "a")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == before
+
+
 def test_another_environment_is_noted_on_resuming(tmp_path):
     run = start(tmp_path / "a")
     kill(run)

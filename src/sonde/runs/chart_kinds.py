@@ -77,8 +77,7 @@ def lines(
         .mark_text(align="left", dx=9, fontWeight=500)
         .encode(x=field_x, y=alt.Y("label_at:Q"), text=f"{series}:N", color=colour)
     )
-    made = alt.layer(*layers).properties(title=alt.TitleParams(title, subtitle=subtitle))
-    return made.properties(padding={"left": 5, "top": 4, "bottom": 5, "right": 5})
+    return _titled(alt, layers, title, subtitle)
 
 
 def intervals(
@@ -119,8 +118,7 @@ def intervals(
         .encode(x=field_x, tooltip=tips)
     )  # fmt: skip
     layers += _reference(alt, "x", reference)
-    made = alt.layer(*layers).properties(title=alt.TitleParams(title, subtitle=subtitle))
-    return made.properties(height=34 * len(rows) + 10, padding={"left": 5, "top": 4, "bottom": 5, "right": 24})
+    return _titled(alt, layers, title, subtitle, right=24).properties(height=34 * len(rows) + 10)
 
 
 def bars(
@@ -160,8 +158,7 @@ def bars(
         named = alt.Chart(alt.InlineData(values=[end])).encode(x="edge:Q", y=alt.Y(f"{control}:Q"))
         named = named.mark_text(align="left", dx=6, color="var(--ctl)", text=control_name)
         layers += [grey, named]
-    made = alt.layer(*layers).properties(title=alt.TitleParams(title, subtitle=subtitle))
-    return made.properties(padding={"left": 5, "top": 4, "bottom": 5, "right": 5})
+    return _titled(alt, layers, title, subtitle)
 
 
 def points(
@@ -200,9 +197,7 @@ def points(
     if size:
         marks = marks.encode(size=alt.Size(f"{size}:Q", legend=None, scale=alt.Scale(range=[24, 220])))
     layers.append(marks)
-    return alt.layer(*layers).properties(
-        title=alt.TitleParams(title, subtitle=subtitle), padding={"left": 5, "top": 4, "bottom": 5, "right": 24}
-    )
+    return _titled(alt, layers, title, subtitle, right=24)
 
 
 def heat(
@@ -239,6 +234,12 @@ def heat(
         title=alt.TitleParams(title, subtitle=subtitle), height=max(HEIGHT, min(360, 22 * len(y_labels))),
         padding={"left": 5, "top": 4, "bottom": 5, "right": 8},
     )  # fmt: skip
+
+
+def _titled(alt: Any, layers: Sequence[Any], title: str, subtitle: str, *, right: int = 5) -> Any:
+    """The layers as one chart with its title, and room to the right for labels that stand beside the plot."""
+    padding = {"left": 5, "top": 4, "bottom": 5, "right": right}
+    return alt.layer(*layers).properties(title=alt.TitleParams(title, subtitle=subtitle), padding=padding)
 
 
 def _looks(names: Sequence[str], control: Sequence[str]) -> list[tuple[str, list[int], str]]:

@@ -163,15 +163,16 @@ class Run:
         given) differ from what it was started with, naming the keys.
         """
         folder = Path(folder)
-        read_record(folder)
+        # What never changes is read before the folder is locked: a damaged one is left as it is.
+        record = read_record(folder)
+        stored, before = read_json(folder / "config.json"), read_json(folder / "environment.json")
+        if study is not None and study != record["study"]:
+            raise SondeError(f"{folder} holds a run of {record['study']!r}, not of {study!r}: choose its folder")
+        if config is not None:
+            refuse_other_config(folder, stored, _plain(config))
         lock = Lock(folder)
         try:
             record = read_record(folder)
-            stored = read_json(folder / "config.json")
-            if study is not None and study != record["study"]:
-                raise SondeError(f"{folder} holds a run of {record['study']!r}, not of {study!r}: choose its folder")
-            if config is not None:
-                refuse_other_config(folder, stored, _plain(config))
             _remove_parts(folder)
             for name in ("metrics.jsonl", "progress.jsonl", "log.txt"):
                 records.repair(folder / name)
@@ -180,7 +181,6 @@ class Run:
                 record["seconds"] = max(record["seconds"], working_time(folder, record))
             record |= {"status": "running", "reason": None, "processes": record["processes"] + 1}
             record["resume_command"] = resume_command or record["resume_command"]
-            before = read_json(folder / "environment.json")
             run = cls(folder, lock, record, stored, before)
             run._write_record()
             changed = differences(before, environment(seed=run.seed, device=record["device"]))
