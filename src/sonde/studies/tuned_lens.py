@@ -29,6 +29,7 @@ LENSES = ("logit", "bias", "ridge", "ridge+muon", "ridge+adam", "muon", "adam", 
 DEFAULT = "ridge+muon"
 RECIPE = "sgd"
 _BITS = 1 / math.log(2)
+_ROGUE = (0, 1, 3, 10)  # dimensions of largest variance that are left out
 _PAPER = "Belrose et al. 2023, arXiv:2303.08112"
 
 
@@ -94,7 +95,7 @@ def tuned_lens(config: TunedLensConfig) -> Path:
         best = lenses[DEFAULT if DEFAULT in lenses else next(reversed(lenses))]
         chapters = [
             _distance(evaluation, lm, seconds, shlex.join(config.command())),
-            _transfer(lm, held, best, shlex.join(config.command())),
+            transfer_chapter(lm, held, best, shlex.join(config.command())),
         ]
         return publish(
             run, lm, text, chapters, title=f"Lenses on {lm.name}", source=describe(config.text), timings=seconds
@@ -230,14 +231,14 @@ def _cheaper(
     )
 
 
-def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", command: str) -> "Chapter":
+def transfer_chapter(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", command: str) -> "Chapter":
     """Translators on other layers than their own, against the similarity of the layers."""
     import numpy as np
 
     from sonde.lens.evaluation import LensSample, covariance_similarity, transfer_penalty
     from sonde.lm.stream import feed
     from sonde.runs import chart_kinds
-    from sonde.runs.blocks import Chapter, Figure
+    from sonde.runs.blocks import Chapter, Column, Figure, Table
     from sonde.runs.finding import Control, Finding, Paper
     from sonde.runs.report.numbers import number
     from sonde.stats.intervals import bootstrap
@@ -247,17 +248,18 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
     feed(lm, held, [sample], progress="transfer")
     rows = sample.rows()
     penalty = transfer_penalty(lens, rows) * _BITS
-    similarity = covariance_similarity(rows.hidden)
     pairs = ~np.eye(len(lens), dtype=bool)
-    x, y = similarity.numpy()[pairs], penalty.numpy()[pairs]
-    rho = bootstrap(lambda a, b: float(spearman(a, b)), x, y)
+    y = penalty.numpy()[pairs]
+    left_out = [count for count in _ROGUE if count < lm.d_model]
+    similar = {count: covariance_similarity(rows.hidden, without=count).numpy()[pairs] for count in left_out}
+    rho = {count: bootstrap(lambda a, b: float(spearman(a, b)), x, y) for count, x in similar.items()}
     layers = [str(layer) for layer in range(len(lens))]
     finding = Finding.of(
-        rho,
+        rho[0],
         id="transfer.spearman",
         chapter="transfer",
         sentence="A layer's translator works better on layers whose hidden states vary alike."
-        if rho.high < 0
+        if rho[0].high < 0
         else "How well a translator works on another layer is not explained by how alike the layers vary.",
         metric="Spearman correlation of transfer penalty and covariance similarity",
         better="lower",
@@ -265,6 +267,7 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
         paper=Paper(-0.78, "Pythia 12B", _PAPER),
         command=command,
         figures=("transfer.penalty", "transfer.scatter"),
+        tables=("transfer.rogue",),
     )
     heat = chart_kinds.heat(
         [
@@ -283,13 +286,19 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
         y_labels=layers,
     )
     scatter = chart_kinds.points(
-        [{"similarity": float(a), "penalty": float(b)} for a, b in zip(x, y, strict=True)],
+        [{"similarity": float(a), "penalty": float(b)} for a, b in zip(similar[0], y, strict=True)],
         x="similarity",
         y="penalty",
-        title=f"Rank correlation {number(rho.estimate, 2)}: the more alike two layers vary, the smaller the penalty",
+        title=f"Rank correlation {number(rho[0].estimate, 2)}: the more alike two layers vary, the smaller the penalty",
         subtitle="Each dot is an ordered pair of layers; lower is better",
         x_title="cosine of the layers' covariances",
         y_title="transfer penalty (bits)",
+    )
+    rogue = Table(
+        id="transfer.rogue",
+        caption="Rank correlation of penalty and similarity, without the dimensions of largest variance",
+        columns=["dimensions left out", Column(name="correlation"), Column(name="from"), Column(name="to")],
+        rows=[[str(count), found.estimate, found.low, found.high] for count, found in rho.items()],
     )
     return Chapter(
         id="transfer",
@@ -299,11 +308,13 @@ def _transfer(lm: "LanguageModel", held: "TokenBatches", lens: "TunedLens", comm
         blocks=[
             Figure(id="transfer.penalty", chart=heat, caption="Transfer penalty of every translator on every layer."),
             Figure(id="transfer.scatter", chart=scatter, caption="Transfer penalty against covariance similarity."),
+            rogue,
         ],
         not_shown="Pairs of layers are not independent, so the interval is narrower than it should be.",
         how=(
             "Cross entropy of translator i on the hidden states of layer j less that of translator j, on "
-            f"{len(rows):,} held-out tokens; Frobenius cosine of the covariances of the two layers on the same tokens."
+            f"{len(rows):,} held-out tokens; Frobenius cosine of the covariances of the two layers on the same tokens. "
+            "A few dimensions of very large variance can make any two layers look alike: the table leaves them out."
         ),
     )
 
