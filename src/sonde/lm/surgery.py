@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sonde.errors import SondeError
-from sonde.lm.batches import TokenBatches
+from sonde.lm.batches import TokenBatch
 from sonde.lm.model import LanguageModel
 from sonde.stats import information
 from sonde.stats.intervals import Interval, bootstrap_ratio
@@ -160,12 +160,12 @@ class DeletionEffects:
 
 @torch.no_grad()
 def deletion_effects(
-    lm: LanguageModel, batches: TokenBatches, *, seed: int = 0, progress: str | None = None
+    lm: LanguageModel, batches: Iterable[TokenBatch], *, seed: int = 0, progress: str | None = None
 ) -> DeletionEffects:
     """Delete every block of `lm` in turn, and measure what that does to its predictions on a text.
 
     A pass without block i takes the stream before it from the plain pass, so that L blocks cost (L + 1) / 2 passes.
-    Raises `SondeError` for tokens that the model does not know.
+    `batches` are a `TokenBatches` or some of its batches. Raises `SondeError` for tokens that the model does not know.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: list[dict[str, Tensor]] = []

@@ -1,24 +1,36 @@
 """Where in the network is the prediction made? Logit and tuned lens at the input of every block.
 
 The tuned lens is fitted on the first half of the text. A token is decided at a layer when the lens's most likely token
-there is the final one and stays so in every later layer.
+there is the final one and stays so in every later layer. What a lens reads is not what later layers use: so each block
+is deleted in turn, and the directions are shown on which the lens's prediction depends most.
 """
 
 import math
 from typing import Any
 
+import torch
+
+from sonde.errors import SondeError
+from sonde.lens.causal_basis import InfluentialDirection, influential_directions, random_basis
+from sonde.lens.direction_loss import direction_loss
 from sonde.lens.evaluation import LensEvaluation, LensScores
 from sonde.lens.tuned import DEFAULT_SITES, TunedLens
+from sonde.lm.batches import TokenBatch, TokenBatches
 from sonde.lm.stream import Batch
+from sonde.lm.surgery import deletion_effects
 from sonde.runs import chart_kinds
 from sonde.runs.blocks import Chapter, Column, Figure, Table
 from sonde.runs.finding import Control, Finding
 from sonde.runs.report.numbers import number
-from sonde.stats.intervals import Interval
+from sonde.stats.intervals import Interval, bootstrap_mean
 from sonde.studies.chapters.part import Part
 
 _BITS = 1 / math.log(2)
 _KINDS = ("tuned", "logit")
+_ROWS = 8  # windows on which blocks are deleted, fewer in deep models
+_DELETED = 64  # blocks times windows, at most
+_STATES = 1024  # hidden states in which influential directions are searched, and as many to measure them in
+_DIRECTIONS, _RANDOM = 2, 8  # at each of three layers
 
 
 class Depth(Part):
@@ -50,18 +62,22 @@ class Depth(Part):
         self._scoring.load(state)
 
     def write(self) -> Chapter:
-        """Two findings, two charts, a table by layer."""
+        """Four findings, three charts, tables by layer and of directions."""
         scores = self._scoring.scores()
         closer, decided = self._closer(scores), self._decided(scores)
+        deleted, deletion_chart = self._deletion()
+        influence, directions = self._influence()
         layers = range(len(scores["tuned"].sites))
         return Chapter(
             id=self.name,
             question="At which layer is the prediction made?",
             answer=decided.sentence,
-            findings=[closer, decided],
+            findings=[closer, decided, deleted, influence],
             blocks=[
                 kl_chart({f"{kind} lens": scores[kind].kl for kind in _KINDS}, title=closer.sentence),
                 self._decided_chart(scores),
+                deletion_chart,
+                *directions,
                 Table(
                     id="depth.layers",
                     caption="By layer: distance to the final prediction and agreement with it",
@@ -87,14 +103,18 @@ class Depth(Part):
             not_shown=(
                 "A lens shows what can be read from a layer by one linear map, not what the later layers use. That a "
                 "layer's best guess is already the final one does not mean that the later layers do nothing: they may "
-                "still change how sure it is."
+                "still change how sure it is. A model without one of its blocks is another model: what it loses is not "
+                "what that block alone does. The tokens of a direction are those that it moves most, not its meaning."
             ),
             how=(
                 "The logit lens applies the model's own final norm and unembedding to the input of each block. The "
                 "tuned lens first applies one affine map per block, trained on the first half of the text to give the "
                 "final distribution (Belrose et al. 2023, https://arxiv.org/abs/2303.08112). KL(final || lens), mean "
                 "over tokens; intervals: bootstrap over windows. A token is decided at the first layer from which the "
-                "lens's most likely token is the final one in every layer."
+                "lens's most likely token is the final one in every layer. A deleted block passes its input on; the "
+                "control adds to its output a random vector as long as what the block adds. A direction is averaged "
+                "away in the input of a block, and its influence is how far that moves the tuned lens's prediction; "
+                "searched on the first half of the text, measured on the second (causal basis extraction, same paper)."
             ),
         )
 
@@ -164,6 +184,153 @@ class Depth(Part):
         )
         caption = "Share of tokens decided at each layer, by the tuned and the logit lens."
         return Figure(id="depth.decided", chart=chart, caption=caption)
+
+    def _deletion(self) -> tuple[Finding, Figure]:
+        """What the loss is without each block."""
+        lm, seed = self.audit.lm, self.audit.config.seed
+        rows = max(2, min(_ROWS, _DELETED // lm.n_layers))
+        effects = deletion_effects(lm, _middle(self.audit.held, rows), seed=seed, progress="deleting blocks")
+        cost, noise = effects.loss_by_layer(seed=seed), effects.loss_by_layer(noise=True, seed=seed)
+        order = sorted(range(lm.n_layers), key=lambda layer: cost[layer].estimate, reverse=True)
+        worst = order[0]
+        if lm.n_layers == 1:
+            sentence = "Its only block is deleted here, which leaves the embedding alone."
+        else:
+            sentence = (
+                f"It can do without block {worst} least; without any one of the others its loss rises by at most "
+                f"{number(max(cost[order[1]].estimate, 0.0), 2)} bits per byte."
+            )
+        finding = Finding.of(
+            cost[worst],
+            id="depth.deletion",
+            chapter=self.name,
+            sentence=sentence,
+            metric=f"loss added by deleting block {worst}",
+            unit="bits per byte",
+            better="none",
+            control=Control.of("random change of the same length", noise[worst]),
+            command=self.audit.command(self.name),
+            figures=("depth.deletion",),
+        )
+        chart = chart_kinds.bars(
+            [
+                {"block": layer, "added": a.estimate, "low": a.low, "high": a.high, "random": b.estimate}
+                for layer, (a, b) in enumerate(zip(cost, noise, strict=True))
+            ],
+            x="block",
+            y="added",
+            low="low",
+            high="high",
+            control="random",
+            control_name="random change",
+            x_labels=[str(layer) for layer in range(lm.n_layers)],
+            title=f"Without block {worst} the loss rises by {number(cost[worst].estimate, 2)} bits per byte",
+            subtitle="Loss added by deleting a block, 95 % intervals; grey: by a random change of the same length",
+            x_title="deleted block",
+            y_title="added loss (bits per byte)",
+        )
+        caption = f"What deleting each block adds to the loss, on {int(effects.scored.sum()):,} held tokens."
+        return finding, Figure(id="depth.deletion", chart=chart, caption=caption)
+
+    def _influence(self) -> tuple[Finding, list[Table]]:
+        """The directions on which the tuned lens's prediction depends most, at three layers."""
+        lens, depth, seed = self.audit.lens, self.audit.lm.n_layers, self.audit.config.seed
+        layers = sorted({depth // 4, depth // 2, 3 * depth // 4})
+        found: list[tuple[int, InfluentialDirection, Interval, Interval]] = []
+        try:
+            searched = self._states(self.audit.fit, layers)
+            measured = self._states(self.audit.held, layers)
+            for layer in layers:
+                states = searched[layer].flatten(0, 1)
+                best = influential_directions(lens, layer, states, k=_DIRECTIONS)
+                both = torch.cat(
+                    [torch.stack([d.vector for d in best]), random_basis(_RANDOM, lens.d_model, seed=seed)]
+                )
+                held = measured[layer]
+                loss = direction_loss(lens, layer, held.flatten(0, 1), states.mean(0))
+                by_row = loss.by_token(both.to(held)).cpu().view(len(both), *held.shape[:2]).mean(-1) * _BITS
+                control = bootstrap_mean(by_row[_DIRECTIONS:].mean(0), seed=seed)
+                found += [
+                    (layer, direction, bootstrap_mean(row, seed=seed), control)
+                    for direction, row in zip(best, by_row[:_DIRECTIONS], strict=True)
+                ]
+        except SondeError as error:
+            return self._no_influence(str(error)), []
+        layer, _, most, control = max(found, key=lambda entry: entry[2].estimate)
+        clear = "more than" if most.low > control.high else "no more than"
+        finding = Finding.of(
+            most,
+            id="depth.direction",
+            chapter=self.name,
+            sentence=(
+                f"Averaging away one direction at the input of block {layer} moves the prediction {clear} averaging "
+                "away a random one."
+            ),
+            metric="influence of the strongest direction on the tuned lens",
+            unit="bits per token",
+            better="higher",
+            control=Control.of("random direction", control),
+            command=self.audit.command(self.name),
+            tables=("depth.directions",),
+        )
+        table = Table(
+            id="depth.directions",
+            caption="The most influential directions, with the tokens that they move most",
+            columns=[
+                "input of block",
+                Column(name="influence", unit="bits"),
+                Column(name="random direction", unit="bits"),
+                Column(name="makes likelier", code=True),
+                Column(name="makes unlikelier", code=True),
+            ],
+            rows=[
+                [
+                    str(layer),
+                    influence.estimate,
+                    random.estimate,
+                    *(
+                        " · ".join(self.audit.lm.token_strings(end))
+                        for end in (direction.promotes, direction.suppresses)
+                    ),
+                ]
+                for layer, direction, influence, random in found
+            ],
+        )
+        return finding, [table]
+
+    def _states(self, text: TokenBatches, layers: list[int]) -> dict[int, torch.Tensor]:
+        """About a thousand hidden states (rows, pos, d) from the middle of a text, at the lens's layers."""
+        lm, lens = self.audit.lm, self.audit.lens
+        every = max(1, _ROWS * text.context // _STATES)
+        parts = []
+        with torch.no_grad(), lm.reading(*(lens.sites[layer] for layer in layers)) as acts:
+            for batch in _middle(text, _ROWS):
+                lm(batch.tokens.to(lm.device))
+                parts.append({layer: acts[lens.sites[layer]][:, ::every].float() for layer in layers})
+        return {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+
+    def _no_influence(self, reason: str) -> Finding:
+        return Finding(
+            id="depth.direction",
+            chapter=self.name,
+            sentence="No influential directions could be found.",
+            metric="influence of the strongest direction on the tuned lens",
+            command=self.audit.command(self.name),
+            refused=reason,
+        )
+
+
+def _middle(text: TokenBatches, rows: int) -> list[TokenBatch]:
+    """So many rows from the middle of a text, or all that there are, in batches."""
+    in_one = len(text[0].tokens)
+    count = min(text.n_batches, -(-rows // in_one))
+    first = (text.n_batches - count) // 2
+    return [_first_rows(text[first + i], rows - i * in_one) for i in range(count)]
+
+
+def _first_rows(batch: TokenBatch, rows: int) -> TokenBatch:
+    parts = (batch.documents, batch.chunks, batch.n_bytes)
+    return TokenBatch(batch.tokens[:rows], batch.mask[:rows], batch.index, *(part[:rows] for part in parts))
 
 
 def kl_chart(kl: dict[str, list[Interval]], *, title: str, name: str = "depth.kl") -> Figure:
