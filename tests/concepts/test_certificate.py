@@ -59,7 +59,7 @@ def test_the_table_and_the_text_say_the_same():
 
 
 def test_methods_rank_as_published():
-    """d 768: LEACE and SAL reach chance, LEACE at no more than three quarters of the cost; INLP pays several times as much."""
+    """LEACE and SAL reach chance, LEACE at three quarters of the cost or less; INLP pays several times as much."""
     g = torch.Generator().manual_seed(0)
     n, d = 6000, 768
     # the concept is spread over directions of all variances, so that an oblique projection has something to gain

@@ -108,7 +108,7 @@ def test_a_rare_class_is_erased_as_well():
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-8, 1e6])
 def test_the_unit_of_z_does_not_matter(scale):
-    x, z = planted(2000, 16, 3)
+    x, _ = planted(2000, 16, 3)
     values = x[:, :2] + torch.randn(2000, 2, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
     one, other = LeaceEraser.fit(x, values), LeaceEraser.fit(x, values * scale)
     torch.testing.assert_close(matrix(one), matrix(other), rtol=0, atol=1e-9)
@@ -221,7 +221,7 @@ def test_in_place_is_the_same_edit_without_a_copy():
 
 
 def test_what_the_tolerance_leaves_is_said():
-    x, z = planted(2000, 8, 2)
+    x, _ = planted(2000, 8, 2)
     noise = torch.randn(2000, 1, generator=torch.Generator().manual_seed(5), dtype=DOUBLE)
     values = torch.cat([x[:, :1], noise], 1)
     with pytest.warns(UserWarning, match=r"1 of 2 directions stay, with a correlation of up to 0\.0"):

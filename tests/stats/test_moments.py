@@ -75,6 +75,49 @@ def test_state_continues_with_the_same_bits(tmp_path):
     assert straight.n == resumed.n == 40
 
 
+@quick
+@given(st.integers(1, 700), st.integers(0, 100))
+def test_the_halved_product_is_the_whole_one(d, seed):
+    x = rows(5, d, seed).double()
+    torch.testing.assert_close(Moments(d).update(x).covariance, torch.cov(x.T).reshape(d, d))
+
+
+def test_products_in_float32_keep_sums_in_float64():
+    x = rows(20_000, 6) + 300
+    quick_moments, exact = Moments(6, precision=torch.float32), Moments(6)
+    for part in x.split(9000):
+        quick_moments.update(part)
+        exact.update(part)
+    torch.testing.assert_close(quick_moments.mean, exact.mean, rtol=1e-9, atol=0)
+    torch.testing.assert_close(quick_moments.covariance, exact.covariance, rtol=0, atol=1e-5)
+
+
+def test_complex_rows_have_a_hermitian_covariance():
+    z = torch.complex(rows(50, 3).double(), rows(50, 3, 1).double())
+    moments = Moments(3, 2).update(z[:20], z[:20, :2]).update(z[20:], z[20:, :2])
+    torch.testing.assert_close(moments.covariance, torch.cov(z.T))
+    torch.testing.assert_close(moments.cross_covariance, torch.cov(z.T)[:, :2])
+    merged = Moments(3).update(z.real).merge(Moments(3).update(z))
+    torch.testing.assert_close(merged.covariance, torch.cov(torch.cat([z.real.to(z.dtype), z]).T))
+
+
+def test_faded_rows_count_for_less():
+    x, y = rows(30, 2).double(), rows(20, 2, 1).double() + 4
+    moments = Moments(2).update(x).fade(0.1).update(y)
+    weights = torch.cat([torch.full((30,), 0.1), torch.ones(20)]).double()
+    both = torch.cat([x, y])
+    mean = weights @ both / weights.sum()
+    torch.testing.assert_close(moments.mean, mean)
+    torch.testing.assert_close(moments.scatter, (weights[:, None] * (both - mean)).T @ (both - mean))
+    assert moments.weight == pytest.approx(23)
+    with pytest.raises(ValueError, match="faded to the weight"):
+        Moments(2).update(x).fade(1e-3).covariance  # noqa: B018
+    with pytest.raises(ValueError, match="a factor of 2"):
+        moments.fade(2)
+    with pytest.raises(ValueError, match="products in"):
+        Moments(2, precision=torch.float16)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
 from sonde.stats.moments import Moments
-from sonde.stats.solve import effective_rank, ridge, solve_spd, spectrum, symmetric_power
+from sonde.stats.solve import Root, effective_rank, ridge, shrunk, solve_spd, spectrum, symmetric_power
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -90,6 +90,59 @@ def test_powers_whiten_and_invert_on_the_span(d, rank, seed):
     projection = inverse_root @ a @ inverse_root
     torch.testing.assert_close(projection @ projection, projection, rtol=1e-5, atol=1e-5)
     assert projection.trace() == pytest.approx(min(d, rank), abs=1e-4)
+
+
+@quick
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(0, 100), st.booleans())
+def test_a_root_colours_what_it_whitens_on_the_span(d, rank, seed, imaginary):
+    x = normal(rank, d, seed=seed)
+    x = torch.complex(x, normal(rank, d, seed=seed + 1)) if imaginary else x
+    a = x.T @ x.conj()
+    root = Root(a)
+    eye = torch.eye(root.rank, dtype=a.dtype)
+    assert root.rank == min(d, rank)
+    g = root.colour(eye)
+    torch.testing.assert_close(g @ g.mH, a)
+    torch.testing.assert_close(root.whiten(g), eye, rtol=0, atol=1e-6)
+    torch.testing.assert_close(root.whiten_adjoint(eye).mH, root.whiten(torch.eye(d, dtype=a.dtype)))
+    torch.testing.assert_close(root.colour_adjoint(a), g.mH @ a)
+    whiten = root.whiten(torch.eye(d, dtype=a.dtype))
+    torch.testing.assert_close(whiten, torch.linalg.pinv(g), rtol=1e-5, atol=1e-5)
+
+
+def test_a_root_is_cholesky_whatever_the_units_and_else_says_the_rank():
+    a = covariance(6, 20)
+    units = torch.logspace(-8, 8, 6, dtype=torch.float64)
+    assert Root(a * units * units[:, None]).cholesky
+    assert not Root(covariance(6, 4)).cholesky
+    flat = torch.block_diag(covariance(5, 20), torch.zeros(1, 1, dtype=torch.float64))
+    assert (Root(flat).cholesky, Root(flat).rank) == (False, 5)
+    with pytest.raises(ValueError, match="square"):
+        Root(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="nan or infinity"):
+        Root(torch.full((2, 2), torch.nan))
+    with pytest.raises(ValueError, match="not a covariance"):
+        Root(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+
+
+@quick
+@given(st.integers(1, 10), st.integers(2, 14), st.integers(0, 300))
+def test_shrinkage_keeps_the_trace_and_its_weight_within_bounds(d, n, seed):
+    x = normal(n, d, seed=seed)
+    s = (x - x.mean(0)).T @ (x - x.mean(0)) / n
+    result, alpha = shrunk(s, n)
+    assert 0 <= alpha <= 1
+    torch.testing.assert_close(result.trace(), s.trace())
+    assert torch.linalg.eigvalsh(result).min() >= torch.linalg.eigvalsh(s).min() - 1e-12
+
+
+def test_shrinkage_brings_a_covariance_nearer_to_the_truth():
+    truth = torch.eye(40, dtype=torch.float64) + 0.1
+    x = normal(60, 40) @ torch.linalg.cholesky(truth).T
+    s = torch.cov(x.T)
+    result, alpha = shrunk(s, 60)
+    assert 0 < alpha < 1
+    assert (result - truth).norm() < 0.7 * (s - truth).norm()
 
 
 @pytest.mark.parametrize(
