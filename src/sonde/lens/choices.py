@@ -126,8 +126,6 @@ def choice_scores(
         raise SondeError("lenses that are compared must read the same sites, and there must be one at least")
     for name, lens in named.items():
         lens.check_fits(lm, f"the lens {name!r}")
-    if not len(prompts):
-        raise SondeError("there is no prompt to score")
     layout = _lay_out(lm, prompts)
     layers, most = len(sites) + 1, max(len(prompt.choices) for prompt in prompts)
     counts = torch.tensor([len(prompt.choices) for prompt in prompts])
@@ -163,6 +161,11 @@ def choice_scores(
             )
     correct = torch.tensor([prompt.answer for prompt in prompts])
     return {name: ChoiceScores(sites, scored.float(), counts, correct, states) for name, scored in sums.items()}
+
+
+def check_prompts(lm: LanguageModel, prompts: Sequence[Prompt]) -> None:
+    """Raise `SondeError` for prompts that `choice_scores` would refuse, before anything is run."""
+    _lay_out(lm, prompts)
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,8 @@ class _Layout:
 
 
 def _lay_out(lm: LanguageModel, prompts: Sequence[Prompt]) -> _Layout:
+    if not len(prompts):
+        raise SondeError("there is no prompt to score")
     layout = _Layout()
     known: dict[tuple[int, ...], int] = {}
     most = max(len(prompt.choices) for prompt in prompts)

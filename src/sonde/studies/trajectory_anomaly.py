@@ -56,6 +56,8 @@ class TrajectoryAnomalyConfig(Runnable):
     """Answered examples before each question."""
     style: Literal["text", "letters"] = "text"
     """text: the choices are scored as they stand. letters: they are listed as A, B, C, and the letters are scored."""
+    detectors: Names = ("lof", "isolation-forest", "one-class-svm")
+    """Which detectors: lof (local outlier factor), isolation-forest, one-class-svm. The first makes the findings."""
     neighbors: Count = 20
     """Neighbours of the local outlier factor."""
     text: Text = None
@@ -87,14 +89,23 @@ def trajectory_anomaly(config: TrajectoryAnomalyConfig) -> Path:
     Raises `SondeError` for too few questions and anything wrong with model, questions, text or folder.
     """
     from sonde.data.text import describe
+    from sonde.lens.anomaly import KINDS
+    from sonde.lens.choices import check_prompts
     from sonde.organisms.loading import load
     from sonde.studies import trajectory_chapters as chapters
 
     check_options(config)
+    chosen = config.detectors or ()
+    unknown = [name for name in chosen if name not in KINDS]
+    if unknown or not chosen:
+        raise SondeError(f"--detectors takes some of {', '.join(KINDS)}, not {' '.join(chosen) or 'none'}")
     if config.neighbors < 1:
         raise SondeError(f"--neighbors is {config.neighbors}: give 1 or more, such as 20")
+    for folder in config.checkpoints or ():
+        if not (Path(folder) / "config.json").is_file():
+            raise SondeError(f"--checkpoints {folder} has no config.json: give folders in Hugging Face format")
     groups, left_out = _groups(config)
-    if len(groups[PLAIN]) // 2 <= config.neighbors:
+    if "lof" in chosen and len(groups[PLAIN]) // 2 <= config.neighbors:
         raise SondeError(
             f"{len(groups[PLAIN])} plain questions are too few: half of them are fitted on, and a local outlier factor "
             f"of {config.neighbors} neighbours needs {config.neighbors + 1}; give more --items or fewer --neighbors"
@@ -102,12 +113,14 @@ def trajectory_anomaly(config: TrajectoryAnomalyConfig) -> Path:
     sets = _sets(groups, config)
     lm = load(config.model, dtype=config.dtype, device=config.device)
     batches = _lens_text(config, lm, groups)
+    for given in sets.values():
+        check_prompts(lm, given)
     with open_run("trajectory-anomaly", config, lm) as run:
         lens = _lens(run, lm, batches, config.seed)
         scores = {name: _scored(run, lm, name, given, lens) for name, given in sets.items()}
         command = shlex.join(config.command())
         written = [
-            chapters.detect(scores, neighbors=config.neighbors, seed=config.seed, command=command),
+            chapters.detect(scores, chosen, neighbors=config.neighbors, seed=config.seed, command=command),
             chapters.srm(scores, seed=config.seed, command=command),
             chapters.accuracy(scores, command=command),
         ]

@@ -3,10 +3,12 @@
 Scores come by kind of prompt ("plain", "wrong", "order") and by lens ("tuned", "logit"), each a `ChoiceScores`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from tqdm import tqdm
 
-from sonde.lens.anomaly import KINDS, SRM, Detection, Detector, detection, features, srm_layer
+from sonde.lens.anomaly import SRM, Detection, Detector, detection, features, srm_layer
 from sonde.lens.choices import ChoiceScores
 from sonde.lens.downstream import downstream
 from sonde.lens.prediction_depth import Learning, choice_depth, depth_against_learning
@@ -27,9 +29,10 @@ _SHORT = {"lof": "outlier factor", "isolation-forest": "forest", "one-class-svm"
 _CITE = "Belrose et al. 2023, arXiv:2303.08112"
 
 
-def detect(scores: Scores, *, neighbors: int, seed: int, command: str) -> Chapter:
-    """Detectors on trajectories, on both lenses and both ways to mislead."""
-    settings = [(attack, lens, kind) for attack in ATTACKS for lens in ("tuned", "logit") for kind in KINDS]
+def detect(scores: Scores, detectors: Sequence[str], *, neighbors: int, seed: int, command: str) -> Chapter:
+    """Detectors on trajectories, on both lenses and both ways to mislead; the first detector makes the findings."""
+    first = detectors[0]
+    settings = [(attack, lens, kind) for attack in ATTACKS for lens in ("tuned", "logit") for kind in detectors]
     found: dict[tuple[str, str, str], Detection] = {}
     for attack, lens, kind in tqdm(settings, desc="detectors", unit="detector"):
         found[attack, lens, kind] = detection(
@@ -38,7 +41,7 @@ def detect(scores: Scores, *, neighbors: int, seed: int, command: str) -> Chapte
             features(scores[attack][lens]),
             seed=seed,
         )
-    findings = [_told_apart(found[attack, "tuned", "lof"], attack, command) for attack in ATTACKS]
+    findings = [_told_apart(found[attack, "tuned", first], attack, first, command) for attack in ATTACKS]
     rows = [
         {
             "what": f"{ATTACKS[attack]} · {lens} · {_SHORT[kind]}",
@@ -57,8 +60,8 @@ def detect(scores: Scores, *, neighbors: int, seed: int, command: str) -> Chapte
         high="high",
         control="plain",
         reference=("chance", 0.5),
-        title="AUROC of the outlier factor: "
-        + ", ".join(f"{number(found[name, 'tuned', 'lof'].auroc.estimate, 2)} with {_WITH[name]}" for name in ATTACKS),
+        title=f"AUROC of the {_SHORT[first]}: "
+        + ", ".join(f"{number(found[name, 'tuned', first].auroc.estimate, 2)} with {_WITH[name]}" for name in ATTACKS),
         subtitle="AUROC of misled against plain prompts; 2.5, 50 and 97.5 % quantiles; grey: plain against plain",
         x_title="AUROC (1: told apart without error)",
         y_title="misled by, lens, detector",
@@ -104,7 +107,7 @@ def detect(scores: Scores, *, neighbors: int, seed: int, command: str) -> Chapte
     )
 
 
-def _told_apart(made: Detection, attack: str, command: str) -> Finding:
+def _told_apart(made: Detection, attack: str, detector: str, command: str) -> Finding:
 
     what = f"prompts with {_WITH[attack]}"
     if made.auroc.low > made.control.high:
@@ -116,7 +119,7 @@ def _told_apart(made: Detection, attack: str, command: str) -> Finding:
         id=f"detect.{attack}",
         chapter="detect",
         sentence=sentence,
-        metric="AUROC of the local outlier factor on trajectories of the tuned lens",
+        metric=f"AUROC of the {_SHORT[detector]} on trajectories of the tuned lens",
         better="higher",
         control=Control.of("plain against plain", made.control),
         paper=Paper(1.0, "Pythia 12B, BoolQ, prompt injection", _CITE) if attack == "order" else None,
