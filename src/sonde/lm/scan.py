@@ -198,7 +198,7 @@ class _Shifted(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         length, size = gradient.shape[1], weight.shape[1]
         by_weight = [(gradient * x[:, i : i + length]).sum((0, 1)) for i in range(size)]

@@ -52,8 +52,9 @@ def canonical(tensors: Mapping[str, Tensor], *parts: str, of: str = "this layer"
         if not names:
             have = sorted({name.partition(".")[0] for name in tensors})
             raise SondeError(f"{of} has no {part} memory to edit: it has {', '.join(have) or 'none'}")
-        if part == "recurrent" and _scale(tensors) is not None:
-            found["recurrent"] = tensors[_numerator(tensors)].float() / _scale(tensors)
+        scale = _scale(tensors) if part == "recurrent" else None
+        if scale is not None:
+            found["recurrent"] = tensors[_numerator(tensors)].float() / scale
         else:
             found |= {name: tensors[name].float() for name in names}
     return found

@@ -47,7 +47,7 @@ def score(
 
     `context` is the length of the windows, by default the most that the model takes.
     """
-    context = context or model.config.max_position_embeddings
+    context = context or int(model.config.max_position_embeddings)  # type: ignore[arg-type]
     block = context // 2
     rows: list[np.ndarray] = []
     tokens = 0
@@ -75,7 +75,7 @@ def token_nats(
     model: PreTrainedModel, ids: Int[np.ndarray, " n"], *, context: int | None = None, batch: int = 8
 ) -> Float[np.ndarray, " n-1"]:
     """-log p of every token but the first, in nats, given at least half a context of what stands before it."""
-    context = context or model.config.max_position_embeddings
+    context = context or int(model.config.max_position_embeddings)  # type: ignore[arg-type]
     half = context // 2
     starts = range(0, max(1, len(ids) - half), half)
     windows = np.zeros((len(starts), context), dtype=np.int64)
