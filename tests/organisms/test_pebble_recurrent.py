@@ -66,9 +66,9 @@ def test_the_card_of_a_twin_reads_as_text_with_pebble_beside(name):
 @pytest.mark.parametrize("name", TWINS)
 def test_the_recipe_ends_in_a_model_with_a_card_and_goes_on_from_its_checkpoint(name, tmp_path, monkeypatch):
     for book in ("one", "two"):
-        (tmp_path / f"{book}.txt").write_text(f"In book {book} the wolf looked at the fire. " * 150)
+        (tmp_path / f"{book}.txt").write_text(f"In book {book} the wolf looked at the fire. " * 300)
     monkeypatch.setattr("sonde.data.python_docs.comments", lambda: iter(["Return the number of wolves. " * 100]))
-    monkeypatch.setattr("sonde.data.python_docs.topics", lambda: ["The wolf statement. " * 30])
+    monkeypatch.setattr("sonde.data.python_docs.topics", lambda: ["The wolf statement. " * 300])
     config, train = RECIPES[name]
     options = config(text=tmp_path, hold_out=("two",), out=tmp_path / "small", steps=1)
     folder = train(options)
