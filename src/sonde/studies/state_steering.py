@@ -282,7 +282,11 @@ def _decay_chapter(
         id=f"{name}.lost",
         chapter=name,
         sentence=f"In {found.name}, what is added to the state of layer {layer} "
-        + ("loses effect with the tokens after it." if faded else "keeps its effect over the tokens after it."),
+        + (
+            "loses effect with the tokens after it."
+            if faded
+            else "is not seen to lose effect with the tokens after it."
+        ),
         metric=f"spread with {lengths[-1]} tokens after the edit less that with {lengths[0]}",
         control=Control("no change", 0.0),
         command=command,
