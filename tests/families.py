@@ -6,11 +6,14 @@ biases and norm weights are jittered, so that every part changes the logits: at 
 a wrong state or a missing norm hides below the tolerance.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from sonde.lm.model import LanguageModel
 
 D_MODEL = 32
 N_LAYERS = 3
@@ -137,9 +140,15 @@ def tiny(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def tokens(rows: int, length: int, *, seed: int = 0) -> torch.Tensor:
-    """Random token ids (rows, length) that avoid the special ones."""
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+@functools.cache
+def model(family: str = "llama") -> LanguageModel:
+    """Return the tiny model of a family, wrapped; the same object every time, so that it must be left as it is."""
+    return LanguageModel(tiny(family), name=family)
+
+
+def tokens(batch: int = 2, length: int = 8, *, seed: int = 0) -> torch.Tensor:
+    """Random token ids (batch, length) that avoid the special ones."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

@@ -1,28 +1,13 @@
 """The language model as a whole: what it says of itself, what it refuses, generation under edits."""
 
-import functools
-
 import pytest
 import torch
-from families import FAMILIES, VOCAB, tiny
+from families import FAMILIES, model, tiny, tokens
 
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
 
-
-@functools.cache
-def model(family: str) -> LanguageModel:
-    return LanguageModel(tiny(family), name=family)
-
-
-def tokens(batch: int = 2, length: int = 8, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

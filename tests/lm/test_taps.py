@@ -1,32 +1,17 @@
 """Reading and editing at sites, on tiny random models of every family."""
 
-import functools
-
 import pytest
 import torch
-from families import FAMILIES, VOCAB, tiny
+from families import FAMILIES, model, tokens
 
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
 
-
-@functools.cache
-def model(family: str = "llama") -> LanguageModel:
-    return LanguageModel(tiny(family), name=family)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def forward_sites(lm: LanguageModel) -> list[str]:
     return [site for site in lm.sites if not site.startswith("state.")]
-
-
-def tokens(batch: int = 2, length: int = 8, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("family", FAMILIES)
