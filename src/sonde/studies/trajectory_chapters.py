@@ -25,7 +25,7 @@ PLAIN, ATTACKS = "plain", {"wrong": "wrong labels", "order": "order"}
 _WITH = {"wrong": "wrong labels", "order": "an order"}
 _CONTROL = "plain against plain"
 _CALIBRATION = ("right (%)", "ECE", "sweep ECE", "calibrated: right (%)", "calibrated: ECE", "calibrated: sweep ECE")
-_SHORT = {"lof": "outlier factor", "isolation-forest": "forest", "one-class-svm": "SVM"}
+_SHORT = {"lof": "LOF", "isolation-forest": "forest", "one-class-svm": "SVM"}
 _CITE = "Belrose et al. 2023, arXiv:2303.08112"
 
 
@@ -60,7 +60,7 @@ def detect(scores: Scores, detectors: Sequence[str], *, neighbors: int, seed: in
         high="high",
         control="plain",
         reference=("chance", 0.5),
-        title=f"AUROC of the {_SHORT[first]}: "
+        title=f"AUROC by {_SHORT[first]}: "
         + ", ".join(f"{number(found[name, 'tuned', first].auroc.estimate, 2)} with {_WITH[name]}" for name in ATTACKS),
         subtitle="AUROC of misled against plain prompts; 2.5, 50 and 97.5 % quantiles; grey: plain against plain",
         x_title="AUROC (1: told apart without error)",
@@ -119,7 +119,7 @@ def _told_apart(made: Detection, attack: str, detector: str, command: str) -> Fi
         id=f"detect.{attack}",
         chapter="detect",
         sentence=sentence,
-        metric=f"AUROC of the {_SHORT[detector]} on trajectories of the tuned lens",
+        metric=f"AUROC by {_SHORT[detector]} on trajectories of the tuned lens",
         better="higher",
         control=Control.of("plain against plain", made.control),
         paper=Paper(1.0, "Pythia 12B, BoolQ, prompt injection", _CITE) if attack == "order" else None,
