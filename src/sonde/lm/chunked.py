@@ -230,7 +230,8 @@ def _compare(library: Callable, chunked: Callable, args: tuple, kwargs: dict[str
             output, state = (result, ()) if isinstance(result, Tensor) else result
             states = [state] if isinstance(state, Tensor) else _without_scale(*state) if state else []
             generator = torch.Generator().manual_seed(0)
-            loss = sum((torch.randn(t.shape, generator=generator).to(t.device) * t).sum() for t in (output, *states))
+            parts = [(torch.randn(t.shape, generator=generator).to(t.device) * t).sum() for t in (output, *states)]
+            loss = torch.stack(parts).sum()
             gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
         results.append(([output], states, gradients))
     pairs = zip(*results, strict=True)
