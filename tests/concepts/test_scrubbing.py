@@ -196,7 +196,7 @@ def test_text_whose_fitting_part_lacks_the_concept_is_refused():
 
     with pytest.raises(SondeError, match="nothing to erase: only 'line break' of class of token"):
         scrub(model(), batches, One(0))
-    with pytest.raises(SondeError, match="nothing to erase: no class of token label"):
+    with pytest.raises(SondeError, match="nothing to erase: no label of class of token"):
         scrub(model(), batches, One(-1))
 
 

@@ -162,8 +162,8 @@ def scrub(
     chosen = cut_points(lm) if sites is None else lm.match(*sites)
     if other := [site for site in chosen if site in ("logits", "embed") or site.startswith("state.")]:
         raise SondeError(f"{other[0]} is no place to scrub: choose among {', '.join(cut_points(lm)[:2])}, …")
-    k = _classes(batches, labels)
-    fitting = _Fitting(method, {site: (ranks or {}).get(site, k - 1) for site in chosen}, seed)
+    present = _Present(batches, labels)
+    fitting = _Fitting(method, {site: (ranks or {}).get(site, present.k - 1) for site in chosen}, seed)
     folder = None if folder is None else Path(folder)
     edits = (
         {}
@@ -176,7 +176,7 @@ def scrub(
             open_sites = [site for site in chosen if site not in edits]
             found = {site: fitting.collects() for site in open_sites}
             for batch, acts in walk.clean(open_sites):
-                z = labels.at(batches, batch.index)
+                z = present.at(batch.index)
                 for site in open_sites:
                     _update(found[site], acts[site], z, site)
             edits |= {site: fitting.edit(site, statistics) for site, statistics in found.items()}
@@ -186,7 +186,7 @@ def scrub(
                     continue
                 statistics = fitting.collects()
                 for batch, acts in walk.to(site, edits):
-                    _update(statistics, acts[site], labels.at(batches, batch.index), site)
+                    _update(statistics, acts[site], present.at(batch.index), site)
                 edits[site] = fitting.edit(site, statistics)
                 if folder is not None:
                     edits[site].save(folder / site)
@@ -207,13 +207,14 @@ class CleanRun:
         self, sites: Sequence[str], batches: TokenBatches, concepts: Sequence[Labels], *, seed: int = 0
     ) -> None:
         self.sites = tuple(sites)
-        self._batches, self._concepts, self._seed = batches, concepts, seed
+        self._concepts = [_Present(batches, labels) for labels in concepts]
+        self._seed = seed
         self._found = [{site: _Fitting("leace", {}, seed).collects() for site in sites} for _ in concepts]
 
     def update(self, batch: Any) -> None:
         """Take in a batch with activations at the sites."""
         for labels, found in zip(self._concepts, self._found, strict=True):
-            z = labels.at(self._batches, batch.index)
+            z = labels.at(batch.index)
             for site in self.sites:
                 _update(found[site], batch.acts[site], z, site)
 
@@ -335,11 +336,22 @@ def _update(statistics: ConceptStatistics, acts: Tensor, z: Tensor, site: str) -
         raise SondeError(f"activations at {site} cannot be fitted on: {error}") from error
 
 
-def _classes(batches: TokenBatches, labels: Labels) -> int:
-    """Number of classes, of which at least two must occur in the text."""
-    seen = torch.cat([labels.at(batches, index).unique() for index in range(batches.n_batches)]).unique()
-    seen = seen[seen >= 0]
-    if len(seen) < 2:
-        only = f"only {labels.names[int(seen[0])]!r} of {labels.concept}" if len(seen) else f"no {labels.concept} label"
-        raise SondeError(f"nothing to erase: {only} occurs in the text to fit on")
-    return len(seen)
+class _Present:
+    """Labels renumbered to the classes that occur in a text, of which there must be two: the others cannot be fitted.
+
+    k: how many they are.
+    """
+
+    def __init__(self, batches: TokenBatches, labels: Labels) -> None:
+        self._batches, self._labels, self.concept = batches, labels, labels.concept
+        found = torch.cat([labels.at(batches, index).unique() for index in range(batches.n_batches)]).unique()
+        found = found[found >= 0]
+        self.k = len(found)
+        if self.k < 2:
+            only = f"only {labels.names[int(found[0])]!r} of" if self.k else "no label of"
+            raise SondeError(f"nothing to erase: {only} {labels.concept} occurs in the text to fit on")
+        self._number = torch.full((len(labels.names) + 1,), -1)  # the last stands for unknown
+        self._number[found] = torch.arange(self.k)
+
+    def at(self, index: int) -> Int[Tensor, "batch pos"]:
+        return self._number[self._labels.at(self._batches, index)]

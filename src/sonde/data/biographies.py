@@ -25,7 +25,7 @@ _PAIRS = (
         ("prepares lessons on Sundays", "marks papers late in the evening", "loves to explain things"),
     ),
     (
-        ("paralegal", 0.82, ("files documents for a law firm", "keeps the calendar of three attorneys")),
+        ("paralegal", 0.82, ("files documents for a law firm", "keeps the calendar of three partners")),
         ("attorney", 0.18, ("defends clients before the court", "argued two cases before the appeals court")),
         ("reads contracts all day", "prepares hearings", "knows the law on tenancy well"),
     ),

@@ -92,7 +92,7 @@ def row_loss(
 
 @torch.no_grad()
 def best_temperature(
-    lm: LanguageModel, batches: TokenBatches, edits: Mapping[str, Edit] | None = None, *, rows: int = 16
+    lm: LanguageModel, batches: TokenBatches, edits: Mapping[str, Edit] | None = None, *, rows: int = 8
 ) -> float:
     """The temperature, from 0.5 to 2.8, at which `lm` under `edits` predicts the first rows of a text best.
 

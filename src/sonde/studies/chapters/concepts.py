@@ -131,7 +131,7 @@ class Concepts(Part):
 
     def _labelled(self) -> list[TokenLabels]:
         """The concepts: the user's first, then those of the rules that occur in the text."""
-        lm, fit = self.audit.lm, self._fit
+        lm, fit = self.audit.lm, _first(self._fit, _FIT_TOKENS)
         found = []
         if self._own:
             found.append(TokenLabels.of(fit, self._labels))
