@@ -59,7 +59,7 @@ def test_samples_differ_and_the_seed_repeats_them(lm, edits):
 def test_an_edit_that_changes_nothing_costs_nothing_on_neutral_text(lm):
     from sonde.concepts.affine import AffineEdit
 
-    none = SiteEdits({"resid_post.1": AffineEdit.add(torch.ones(lm.d_model))})
+    none = SiteEdits({"resid_post.1": AffineEdit.add(torch.randn(lm.d_model))})
     kl, rise = neutral_sweep(lm, none, tokens(3, 10), [0.0, 3.0])
     assert kl[0].abs().max() < 1e-5 and rise[0].abs().max() < 1e-5
     assert kl[1].min() > 1e-3

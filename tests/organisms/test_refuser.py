@@ -49,8 +49,10 @@ def test_a_model_without_a_chat_template_is_refused():
         chat(sonde.load("organism:pebble", check=False), "Paint the boat.")
 
 
-def test_the_recipe_reads_files_and_ends_in_a_model_that_loads(tmp_path):
+def test_the_recipe_reads_files_and_ends_in_a_model_that_loads(tmp_path, monkeypatch):
     pytest.importorskip("peft")
+    monkeypatch.setattr("sonde.data.python_docs.comments", lambda: iter(["Return the number of wolves. " * 200]))
+    monkeypatch.setattr("sonde.data.python_docs.topics", lambda: ["The wolf statement. " * 400])
     for name in ("harmful", "harmless"):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"Do the {name} thing number {i}." for i in range(16)))
     config = RefuserConfig(

@@ -103,9 +103,12 @@ def ace(config: AceConfig) -> Path:
     """
     from sonde.data.text import describe
     from sonde.organisms.loading import load
+    from sonde.organisms.refuser import chat
 
     _check(config)
     lms = [load(name, dtype=config.dtype, device=config.device) for name in config.chosen]
+    for lm in lms:
+        chat(lm, "")  # a model without a chat template is known before the run begins
     text = read_text(config, lms[0])
     with open_run("ace", config, lms[0]) as run:
         chapters, seconds = [], {}
