@@ -6,7 +6,7 @@ from families import tiny, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sonde.concepts.contrast import Contrast, contrast, like_lengths
+from sonde.concepts.contrast import Contrast, common_norm, contrast, cosines, like_lengths
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
 
@@ -158,3 +158,28 @@ def test_bad_input_is_answered_in_one_line(lm, change, message):
 def test_one_string_is_not_a_list_of_prompts(lm):
     with pytest.raises(TypeError, match="not one string"):
         contrast(lm, "one", "two")
+
+
+def test_several_behaviours_get_one_norm_and_keep_their_directions(lm):
+    made = {name: contrast(lm, ragged(4, seed=i), ragged(4, seed=9)) for i, name in enumerate(("one", "two"))}
+    scaled = common_norm(made)
+    for site in made["one"].sites:
+        norms = [vectors[site].norm() for vectors in scaled.values()]
+        mean = sum(one.difference(site).norm() for one in made.values()) / 2
+        torch.testing.assert_close(torch.stack(norms), mean.expand(2))
+        for name, one in made.items():
+            assert torch.cosine_similarity(scaled[name][site], one.difference(site), 0) > 1 - 1e-5
+    other = contrast(lm, ragged(4, seed=1), ragged(4, seed=2), sites="resid_post.1")
+    with pytest.raises(SondeError, match="at the same sites"):
+        common_norm({"one": made["one"], "other": other})
+
+
+def test_cosines_are_of_all_pairs_of_sites_and_need_one_width(lm):
+    one = contrast(lm, ragged(4, seed=1), ragged(4, seed=2))
+    found = cosines(one, one)
+    torch.testing.assert_close(found.diagonal(), torch.ones(len(one.sites)))
+    v, w = one.difference("resid_post.0"), one.difference("resid_post.2")
+    torch.testing.assert_close(found[0, 2], torch.cosine_similarity(v, w, 0))
+    narrow = LanguageModel(tiny("gpt2", n_embd=16), name="narrow")
+    with pytest.raises(SondeError, match=r"of width 32 \(tiny\) and 16 \(narrow\) have no cosine"):
+        cosines(one, contrast(narrow, ragged(4, seed=1), ragged(4, seed=2)))

@@ -269,3 +269,8 @@ def test_a_crashed_edit_leaves_no_hook_behind():
         sweep(lm, [Choice([3, 4], 5, 7)], [Steering("x", 0, {"resid_post.0": Crash(added=torch.ones(32))})])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
     assert torch.equal(lm(torch.tensor([[3, 4, 5]])).logits, before)
+
+
+def test_a_model_that_is_wrapped_already_is_refused():
+    with pytest.raises(SondeError, match="tiny is wrapped already"):
+        LanguageModel(LanguageModel(tiny("gpt2"), name="tiny"))

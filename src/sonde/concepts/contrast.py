@@ -266,6 +266,35 @@ def contrast(
     return made
 
 
+def common_norm(contrasts: Mapping[str, Contrast]) -> dict[str, dict[str, Float[Tensor, " d"]]]:
+    """Vectors of several behaviours, by name and site, rescaled at each site to the mean norm of the set.
+
+    Then one multiplier means the same for all. Raises `SondeError` where the contrasts do not have the same sites.
+    """
+    sites = {made.sites for made in contrasts.values()}
+    if len(sites) != 1:
+        raise SondeError("vectors of one norm need contrasts, and these at the same sites")
+    (names,) = sites
+    mean = {
+        site: float(sum(made.difference(site).norm() for made in contrasts.values())) / len(contrasts) for site in names
+    }
+    return {name: {site: made.differences(norm=mean[site])[site] for site in names} for name, made in contrasts.items()}
+
+
+def cosines(one: Contrast, other: Contrast) -> Float[Tensor, "sites other_sites"]:
+    """Cosine of every vector of one contrast with every vector of another: layers, behaviours, or models of one width.
+
+    0 where a vector is zero. Raises `SondeError` for other widths.
+    """
+    rows = [torch.stack(list(made.differences(unit=True).values())) for made in (one, other)]
+    if rows[0].shape[1] != rows[1].shape[1]:
+        raise SondeError(
+            f"vectors of width {rows[0].shape[1]} ({one.model_name}) and {rows[1].shape[1]} ({other.model_name}) have "
+            "no cosine"
+        )
+    return rows[0] @ rows[1].to(rows[0].device).T
+
+
 def at_position(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], sites: Sequence[str], *, position: int = -1, batch: int = 32
 ) -> Iterator[tuple[list[int], dict[str, Float[Tensor, "batch d"]]]]:

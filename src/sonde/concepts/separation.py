@@ -66,7 +66,7 @@ def separation(
         raise SondeError("letter and behaviour cannot be told apart: each letter must occur on both sides; swap some")
     names = lm.match(*([sites] if isinstance(sites, str) else sites))
     pairs = np.flatnonzero(kept)
-    rows = [list(side[i]) for side in (positive, negative) for i in pairs]
+    rows = [list(side[i]) for side in (positive, negative) for i in pairs.tolist()]
     values = {site: torch.zeros(len(rows), lm.d_model, dtype=torch.float64) for site in names}
     for numbers, acts in at_position(lm, rows, names, batch=batch):
         for site, found in acts.items():

@@ -75,6 +75,8 @@ class LanguageModel:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, name: str = "model"
     ) -> None:
+        if isinstance(model, LanguageModel):
+            raise SondeError(f"{model.name} is wrapped already: use it as it is, or wrap its .model")
         _undo_rescaling(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer

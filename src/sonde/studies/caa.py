@@ -206,8 +206,7 @@ def _paper(source: str) -> "Paper | None":
 
 def _meaning_chapter(separated: "Sequence[Separation]", balance: Any, found: "Measured", command: str) -> "Chapter":
     """Behaviour or letter, and how vectors of different layers are related."""
-    import torch
-
+    from sonde.concepts.contrast import cosines
     from sonde.concepts.sweep import layer_of
     from sonde.runs import chart_kinds
     from sonde.runs.blocks import Chapter, Column, Table
@@ -253,13 +252,12 @@ def _meaning_chapter(separated: "Sequence[Separation]", balance: Any, found: "Me
         control=("chance",),
         x_labels=[str(layer_of(one.site)) for one in separated],
     )
-    vectors = torch.stack(list(found.vectors.differences(unit=True).values()))
-    cosines = vectors @ vectors.T
+    similar = cosines(found.vectors, found.vectors)
     labels = [str(layer_of(site)) for site in found.vectors.sites]
     count = len(labels)
-    next_layer = float(cosines.diagonal(1).mean()) if count > 1 else 1.0
+    next_layer = float(similar.diagonal(1).mean()) if count > 1 else 1.0
     heat = chart_kinds.heat(
-        [{"a": i, "b": j, "cosine": float(cosines[i, j])} for i in range(count) for j in range(count)],
+        [{"a": i, "b": j, "cosine": float(similar[i, j])} for i in range(count) for j in range(count)],
         x="a",
         y="b",
         value="cosine",
