@@ -39,6 +39,7 @@ WAYS = {
     "muon": {"trainer": "muon", "steps": 250, "tokens_per_step": 4096, "patience": 1000},
     "ridge": {"trainer": "ridge"},
     "ridge+adam": {"trainer": "ridge+adam"},
+    "ridge+60": {"trainer": "ridge+adam", "steps": 60},
     "default": {},
 }
 

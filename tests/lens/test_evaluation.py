@@ -117,6 +117,18 @@ def test_without_its_rogue_dimension_a_covariance_is_that_of_the_rest():
         covariance_similarity(hidden, without=5)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "opt"])
+def test_behind_the_last_block_a_lens_at_zero_reads_the_model_itself(family, lens_lm, lens_batches):
+    lm = LanguageModel(tiny(family, vocab_size=400), lens_lm.tokenizer, name=family)
+    evaluation = LensEvaluation(lm, TunedLens.zeros(lm, sites=("resid_post.*",)))
+    feed(lm, lens_batches, [evaluation])
+    scores = evaluation.scores()["lens"]
+    assert abs(scores.kl[-1].estimate) < 1e-5  # rounding of float32 logits up to 16; 3e-16 in float64
+    assert scores.agreement[-1].estimate == 1
+    assert scores.bias[-1] < 1e-9
+    assert scores.kl[-2].estimate > 1e-2
+
+
 def test_attaching_reports_what_it_costs(lens_lm, lens_batches):
     lens = TunedLens.fit(lens_lm, lens_batches, trainer="ridge", held_out=512)
     same = attach_report(lens, lens_lm, lens_lm, lens_batches)
