@@ -306,6 +306,7 @@ def _decay_chapter(
         control=("no edit",),
     )
     aligned = result["aligned"]
+    own = aligned[found.states.layers.index(layer)]
     heat = chart_kinds.heat(
         [
             {"site": j, "state": i, "cosine": float(aligned[i, j])}
@@ -315,7 +316,7 @@ def _decay_chapter(
         x="site",
         y="state",
         value="cosine",
-        title=f"The state of layer {layer} writes along the vector: cosine up to {float(aligned.max()):.2f}",
+        title=f"The state of layer {layer} writes along the vector with a cosine of up to {float(own.max()):.2f}",
         subtitle="Cosine of what an edited state changes in the residual stream with the steering vector there",
         x_title="residual stream after layer",
         y_title="layer whose state is edited",
