@@ -145,8 +145,9 @@ def _studies(argv: list[str]) -> None:
         return
     if argv:
         raise UsageError(f"it takes no options, not {argv[0]!r}", "sonde studies")
+    wide = max(map(len, STUDIES.entries))
     for entry in STUDIES.entries.values():
-        print(f"{entry.name:14} {entry.summary}" + (f"\n{'':14} {entry.paper}" if entry.paper else ""))
+        print(f"{entry.name:{wide}}  {entry.summary}" + (f"\n{'':{wide}}  {entry.paper}" if entry.paper else ""))
 
 
 def _organism(argv: list[str]) -> None:
@@ -161,8 +162,9 @@ def _organism(argv: list[str]) -> None:
     if verb == "list":
         if rest:
             raise UsageError(f"list takes no options, not {rest[0]!r}", "sonde organism")
+        wide = max(map(len, ORGANISMS.entries))
         for entry in ORGANISMS.entries.values():
-            print(f"{entry.name:14} {entry.summary}{'' if has_weights(entry.name) else ' (train it first)'}")
+            print(f"{entry.name:{wide}}  {entry.summary}{'' if has_weights(entry.name) else ' (train it first)'}")
         return
     if not rest or rest[0].startswith("-"):
         raise UsageError(f"{verb} needs the name of an organism ({', '.join(ORGANISMS.entries)})", "sonde organism")
