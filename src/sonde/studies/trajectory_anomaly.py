@@ -96,8 +96,8 @@ def trajectory_anomaly(config: TrajectoryAnomalyConfig) -> Path:
 
     check_options(config)
     chosen = config.detectors or ()
-    unknown = [name for name in chosen if name not in KINDS]
-    if unknown or not chosen:
+    detectors = [kind for name in chosen for kind in KINDS if name == kind]
+    if len(detectors) < len(chosen) or not chosen:
         raise SondeError(f"--detectors takes some of {', '.join(KINDS)}, not {' '.join(chosen) or 'none'}")
     if config.neighbors < 1:
         raise SondeError(f"--neighbors is {config.neighbors}: give 1 or more, such as 20")
@@ -105,7 +105,7 @@ def trajectory_anomaly(config: TrajectoryAnomalyConfig) -> Path:
         if not (Path(folder) / "config.json").is_file():
             raise SondeError(f"--checkpoints {folder} has no config.json: give folders in Hugging Face format")
     groups, left_out = _groups(config)
-    if "lof" in chosen and len(groups[PLAIN]) // 2 <= config.neighbors:
+    if "lof" in detectors and len(groups[PLAIN]) // 2 <= config.neighbors:
         raise SondeError(
             f"{len(groups[PLAIN])} plain questions are too few: half of them are fitted on, and a local outlier factor "
             f"of {config.neighbors} neighbours needs {config.neighbors + 1}; give more --items or fewer --neighbors"
@@ -120,7 +120,7 @@ def trajectory_anomaly(config: TrajectoryAnomalyConfig) -> Path:
         scores = {name: _scored(run, lm, name, given, lens) for name, given in sets.items()}
         command = shlex.join(config.command())
         written = [
-            chapters.detect(scores, chosen, neighbors=config.neighbors, seed=config.seed, command=command),
+            chapters.detect(scores, detectors, neighbors=config.neighbors, seed=config.seed, command=command),
             chapters.srm(scores, seed=config.seed, command=command),
             chapters.accuracy(scores, command=command),
         ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from sonde.lens.anomaly import SRM, Detection, Detector, detection, features, srm_layer
+from sonde.lens.anomaly import SRM, Detection, Detector, Kind, detection, features, srm_layer
 from sonde.lens.choices import ChoiceScores
 from sonde.lens.downstream import downstream
 from sonde.lens.prediction_depth import Learning, choice_depth, depth_against_learning
@@ -29,7 +29,7 @@ _SHORT = {"lof": "LOF", "isolation-forest": "forest", "one-class-svm": "SVM"}
 _CITE = "Belrose et al. 2023, arXiv:2303.08112"
 
 
-def detect(scores: Scores, detectors: Sequence[str], *, neighbors: int, seed: int, command: str) -> Chapter:
+def detect(scores: Scores, detectors: Sequence[Kind], *, neighbors: int, seed: int, command: str) -> Chapter:
     """Detectors on trajectories, on both lenses and both ways to mislead; the first detector makes the findings."""
     first = detectors[0]
     settings = [(attack, lens, kind) for attack in ATTACKS for lens in ("tuned", "logit") for kind in detectors]
