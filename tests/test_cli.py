@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -127,17 +126,12 @@ def test_the_module_and_the_script_are_the_same_program():
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["audit", "--help"], ["studies"], ["organism", "list"]], ids=" ".join)
-def test_help_and_lists_start_at_once_and_import_nothing_heavy(argv):
+def test_help_and_lists_import_nothing_heavy(argv):
     code = (
         "import sys; from sonde.cli import main\n"
         f"try: main({argv!r})\n"
         "except SystemExit: pass\n"
         "sys.exit(' '.join({'torch', 'transformers', 'datasets', 'altair'} & set(sys.modules)) or 0)"
     )
-    times = []
-    for _ in range(2):  # the second finds the files in memory
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-    assert min(times) < 3
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
