@@ -8,7 +8,7 @@ from sonde.studies.ace import AceConfig, ace
 from sonde.studies.ace_toy import Row, acceptance
 from sonde.studies.direction_selection import SelectionConfig, direction_selection
 
-SMALL = {"models": ("organism:refuser",), "prompts": 12, "held": 6, "strengths": (0.0, 1.0), "tokens": 1024}
+SMALL = {"models": ("organism:refuser",), "prompts": 32, "held": 8, "strengths": (0.0, 1.0), "tokens": 1024}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ All matrices of the blocks take part, except those that a family's fused code re
 an adapter would not be seen (the output projection of Mamba). The adapters are merged into the weights at the end.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -52,9 +53,10 @@ def fine_tune(
     ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(identity.get("seed", 0))
-        adapted: Any = get_peft_model(
-            lm.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-        )
+        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
+            adapted: Any = get_peft_model(lm.model, settings)
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         adapters = nn.ParameterList(trained)
         adapted.train()

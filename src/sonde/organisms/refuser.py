@@ -91,11 +91,11 @@ def train_refuser(config: RefuserConfig) -> Path:
     Resumes from the checkpoint in the folder. Raises `SondeError` for options that do not fit, files without
     instructions, and a base that is not bundled; `MissingExtra` without peft.
     """
-    sets = _instructions(config)
     if config.steps < 1 or config.rank < 1:
         raise SondeError(f"--steps is {config.steps} and --rank {config.rank}; give 1 or more")
     if not config.base.startswith(PREFIX):
         raise SondeError(f"--base is {config.base}; give a bundled organism such as organism:pebble")
+    sets = _instructions(config)
     from sonde.organisms.loading import load
     from sonde.organisms.lora import fine_tune
 
