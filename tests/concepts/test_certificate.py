@@ -36,6 +36,16 @@ def test_on_its_own_rows_an_eraser_is_exact():
     assert oracle.mean_squared_change.estimate < found.mean_squared_change.estimate
 
 
+def test_probes_may_be_trained_on_the_rows_of_the_eraser():
+    x, z = planted(3000, 64, 2)
+    eraser = LeaceEraser.fit(x[:600], z[:600])
+    own = certify(eraser, x[600:], z[600:], probes_on=(x[:600], z[:600]))
+    assert own.guarded
+    assert own.linear[0].n == 2400
+    # an adversary with rows of its own finds what 600 rows leave of 64 dimensions
+    assert certify(eraser, x[600:], z[600:]).linear[1].estimate > own.linear[1].estimate
+
+
 def test_values_are_scored_by_the_share_of_variance():
     x, _ = planted(2000, 8, 2)
     z = x[:, :2] + 0.1 * torch.randn(2000, 2, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)

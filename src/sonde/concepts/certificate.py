@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sonde.concepts.probe import fit_probe
+from sonde.concepts.probe import Reach, fit_probe
 from sonde.concepts.statistics import ConceptStatistics, concept_rows
 from sonde.stats.intervals import Interval, bootstrap, bootstrap_mean, wilson
 from sonde.stats.solve import Root, shrunk
@@ -93,6 +93,7 @@ def certify(
     z: Any,
     mask: Any = None,
     *,
+    probes_on: tuple[Any, Any] | None = None,
     categorical: bool | None = None,
     labels_given: bool | None = None,
     seed: int = 0,
@@ -100,9 +101,11 @@ def certify(
     """Hold an eraser (or any edit) against rows x with the concept z.
 
     Give rows that it was not fitted on: on its own rows an eraser is exact, and a probe that sees them can only
-    memorise. `labels_given`: call `eraser(x, z)`; None asks the eraser (`sonde.concepts.estimator.LabelledEraser`).
-    Probes are trained on a random half of the rows. Raises `ValueError` as `ConceptStatistics.update` does, and for
-    fewer than 20 rows.
+    memorise. Probes are trained on a random half of the rows: an adversary with labelled rows of its own, who finds
+    what the eraser's sampling error left. With `probes_on`, rows (x, z) such as the eraser's own, they are trained on
+    those and scored on all of x, as the literature does. `labels_given`: call `eraser(x, z)`; None asks the eraser
+    (`sonde.concepts.estimator.LabelledEraser`). Raises `ValueError` as `ConceptStatistics.update` does, and for fewer
+    than 20 rows.
     """
     x, z, labels = concept_rows(x, z, mask, categorical=categorical)
     if len(x) < 20:
@@ -116,16 +119,25 @@ def certify(
     sides = (x, erased)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))
     train, test = order[: len(x) // 2], order[len(x) // 2 :]
+    training = [(side[train], z[train]) for side in sides]
+    if probes_on is not None:
+        x_fit, z_fit, _ = concept_rows(*probes_on, categorical=labels)
+        with torch.no_grad():
+            training = [(x_fit, z_fit), (eraser(x_fit, z_fit) if labels_given else eraser(x_fit), z_fit)]
+        test = torch.arange(len(x))
     probes: dict[str, tuple[Interval, Interval]] = {}
-    for reach in ("linear", "mlp"):
-        first, second = (_score(side, z, train, test, reach, seed, labels) for side in sides)
+    reaches: tuple[Reach, ...] = ("linear", "mlp")
+    for reach in reaches:
+        first, second = (
+            _score(*rows, side[test], z[test], reach, seed) for rows, side in zip(training, sides, strict=True)
+        )
         probes[reach] = (first, second)
     change = (erased - x).double().abs().square().sum(-1) if not x.is_complex() else (erased - x).abs().square().sum(-1)
     spread = (x - x.mean(0)).abs().double().square().sum(-1).mean()
     lengths = [torch.linalg.vector_norm(side, dim=-1).double() for side in sides]
     moving = lengths[0] > 0
     if labels:
-        chance = wilson(int((z[test] == torch.bincount(z[train]).argmax()).sum()), len(test))
+        chance = wilson(int((z[test] == torch.bincount(training[0][1]).argmax()).sum()), len(test))
     else:
         chance = Interval(0.0, 0.0, 0.0, len(test))
     measured = [_linear(side, z, labels) for side in sides]
@@ -157,10 +169,10 @@ def _linear(x: Float[Tensor, "n d"], z: Tensor, labels: bool) -> tuple[float, fl
     return gap, float(correlation)
 
 
-def _score(x: Tensor, z: Tensor, train: Tensor, test: Tensor, reach: Any, seed: int, labels: bool) -> Interval:
-    probe = fit_probe(x[train], z[train], reach=reach, seed=seed)
-    found, truth = probe.predict(x[test]), z[test].cpu().numpy()
-    if labels:
+def _score(x: Tensor, z: Tensor, new_x: Tensor, new_z: Tensor, reach: Reach, seed: int) -> Interval:
+    """Of a probe trained on the first rows and asked about the others."""
+    found, truth = fit_probe(x, z, reach=reach, seed=seed).predict(new_x), new_z.cpu().numpy()
+    if z.ndim == 1:
         return wilson(int((found == truth).sum()), len(truth))
     errors = np.square(truth - found.reshape(truth.shape)).sum(-1)
     around = np.square(truth - truth.mean(0)).sum(-1)

@@ -80,7 +80,7 @@ class Moments:
             rows = [part[start : start + _ROWS].to(self._mean.device, kind) for part in parts]
             means = [part.mean(0) for part in rows]
             if not all(mean.isfinite().all() for mean in means):
-                bad = sum((~part.isfinite()).any(-1) for part in rows) > 0
+                bad = torch.stack([(~part.isfinite()).any(-1) for part in rows]).any(0)
                 raise ValueError(f"{int(bad.sum())} of {len(bad)} rows hold nan or infinity")
             # one piece of memory for all chunks: fresh pages cost as much as the subtraction
             room = room or [torch.empty_like(part) for part in rows]
