@@ -314,7 +314,6 @@ def _by_task(scores: dict[str, Scores], table: "ConceptTable", task: str, seed: 
         low="low",
         high="high",
         control="before",
-        reference=("equal", 0.0),
         title=f"What erasing does to the gap of each {task}",
         subtitle=f"Found among {table.concepts[1]} less among {table.concepts[0]}, 95 % intervals; grey ticks: before",
         x_title="true-positive-rate gap (points)",

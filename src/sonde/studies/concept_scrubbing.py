@@ -248,9 +248,8 @@ def _chapter(
         low="low",
         high="high",
         control="as_it_is",
-        reference=("no edit", 0.0),
         title=f"Without {labels.concept} the model needs {number(above[_LEACE].estimate, 2)} bits per byte more",
-        subtitle="Loss added on held-out text at each one's best temperature, 95 % intervals; grey ticks: as it is",
+        subtitle="Above no edit, on held-out text at each one's best temperature; 95 % intervals; grey ticks: as it is",
         x_title="added loss (bits per byte)",
         y_title="what is erased",
     )
