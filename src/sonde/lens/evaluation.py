@@ -256,8 +256,8 @@ def transfer_correlation(penalty: Float[Tensor, "layers layers"], similarity: Fl
 class AttachReport:
     """What a lens of a base model reads in a fine-tuned version of it, on one text; in nats, by site.
 
-    Where a lens of the fine-tuned model itself was given, `tuned` has its scores as "own", and `cost` is how much
-    larger the cross entropy of the attached lens is than that of this one.
+    Where a lens of the fine-tuned model itself was given, `tuned` has its scores as "own"; `cost` is how much larger
+    the cross entropy of the attached lens is than that of this one, `logit_cost` the same for the logit lens.
     """
 
     lens: TunedLens
@@ -269,6 +269,7 @@ class AttachReport:
     gain: list[Interval]
     """KL of the attached lens minus that of the logit lens, paired by rows of text."""
     cost: list[Interval] | None
+    logit_cost: list[Interval] | None
 
     @property
     def before(self) -> list[Interval]:
@@ -311,5 +312,8 @@ def attach_report(
         on_base.scores()["lens"],
         there.scores(),
         there.difference("attached", "logit"),
-        None if own is None else there.difference("attached", "own", of="cross_entropy"),
+        *(
+            None if own is None else there.difference(lens_name, "own", of="cross_entropy")
+            for lens_name in ("attached", "logit")
+        ),
     )

@@ -286,9 +286,9 @@ def _cost(report: "AttachReport", command: str) -> "Finding":
     from sonde.runs.finding import Control, Finding, Paper
     from sonde.runs.report.numbers import number
 
-    assert report.cost is not None
-    per_byte = [cost.scaled(report.base.bits_per_byte(1.0)) for cost in report.cost]
-    worst = max(per_byte, key=lambda cost: cost.estimate)
+    assert report.cost is not None and report.logit_cost is not None
+    layer = max(range(len(report.cost)), key=lambda i: report.cost[i].estimate)  # type: ignore[index]
+    worst, logit = (costs[layer].scaled(report.base.bits_per_byte(1.0)) for costs in (report.cost, report.logit_cost))
     return Finding.of(
         worst,
         id="attach.cost",
@@ -297,10 +297,10 @@ def _cost(report: "AttachReport", command: str) -> "Finding":
             f"Its loss is at most {number(max(worst.estimate, 0.0), 2)} bits per byte above that of a lens trained on "
             "the fine-tuned model itself."
         ),
-        metric="added loss of the attached lens, at the layer where it is largest",
+        metric="loss above that of a lens of the fine-tuned model, at the layer where it is largest",
         unit="bits per byte",
         better="lower",
-        control=Control("a lens trained on the fine-tuned model", 0.0),
+        control=Control.of("logit lens", logit),
         paper=Paper(0.3, "LLaMA-13B lens on Vicuna-13B, at most", _PAPER),
         command=command,
         tables=("attach.layers",),
