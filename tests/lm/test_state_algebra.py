@@ -84,8 +84,8 @@ def test_the_canonical_form_does_not_depend_on_the_stabiliser(family):
     assert torch.allclose(logits(family, same), logits(family, cache), atol=1e-4)
     assert torch.allclose(states(same, 1)["recurrent"], states(cache, 1)["recurrent"], rtol=1e-4)
     delta = difference(mean(states(prefix(family, seed=1), 1)), mean(states(cache, 1)))
-    moved_logits = [logits(family, shifted(c, 1, delta, 2.0)) for c in (cache, same)]
-    assert torch.allclose(*moved_logits, atol=1e-4)
+    one, other = (logits(family, shifted(c, 1, delta, 2.0)) for c in (cache, same))
+    assert torch.allclose(one, other, atol=1e-4)
 
 
 def test_rwkv_adds_to_the_numerator_and_leaves_normaliser_and_maximum():

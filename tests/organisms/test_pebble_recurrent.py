@@ -4,6 +4,11 @@ import json
 
 import pytest
 
+from sonde.lens.evaluation import LensEvaluation
+from sonde.lens.tuned import TunedLens
+from sonde.lm.batches import TokenBatches
+from sonde.lm.chunked import faster_scans
+from sonde.lm.stream import feed
 from sonde.organisms.card import read_card, render, sha256
 from sonde.organisms.loading import load
 from sonde.organisms.pebble_recurrent import (
@@ -53,6 +58,20 @@ def test_a_twin_loads_passes_its_self_check_and_has_a_state(name):
     assert {"recurrent"} <= set(check.states)
     (text,) = lm.generate(["The old man looked at the"], max_new_tokens=8)
     assert len(text.split()) >= 3
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_tuned_lens_is_closer_than_the_logit_lens_at_every_site_of_a_twin(name):
+    """In closed form on 3,000 tokens; the study trains longer."""
+    lm = load(f"organism:{name}")
+    fit, held = TokenBatches(None, lm.tokenizer, context=256, limit_tokens=4096).split(0.75)
+    with faster_scans(lm.model):
+        tuned = TunedLens.fit(lm, fit, trainer="ridge", held_out=512)
+        evaluation = LensEvaluation(lm, {"tuned": tuned, "logit": TunedLens.logit(lm)}, draws=200)
+        feed(lm, held, [evaluation])
+    gaps = evaluation.difference("tuned", "logit")
+    assert len(gaps) == lm.n_layers
+    assert all(gap.high < 0 for gap in gaps)
 
 
 @pytest.mark.parametrize("name", TWINS)
