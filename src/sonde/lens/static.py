@@ -28,6 +28,7 @@ from sonde.lens.causal_basis import logit_effects
 from sonde.lens.direction_loss import ClosedNorm
 from sonde.lens.tuned import TunedLens
 from sonde.lm.model import LanguageModel
+from sonde.lm.taps import Edit
 
 Part = Literal["w_in", "w_out", "ov_in", "ov_out", "qk_query", "qk_key"]
 _LINEAR = 1e-3  # how far what one token leaves may be from linear, relative to its size
@@ -206,17 +207,17 @@ class _Before(nn.Module):
 
     def __init__(self, lm: LanguageModel, layer: int, part: str) -> None:
         super().__init__()
-        self._run = lambda x: _run(lm, layer, part, x, at="resid_pre")
+        self._run = lambda x: _run(lm, layer, part, x)
 
     def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         return self._run(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 @torch.no_grad()
-def _run(lm: LanguageModel, layer: int, part: str, x: Float[Tensor, "n d"], *, at: str) -> Float[Tensor, "n d"]:
+def _run(lm: LanguageModel, layer: int, part: str, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """What a part of the block is given when `x` is the stream, one token a row, and the mixer is silent."""
     site = _site(lm, f"{part}_in.{layer}")
-    edits = {f"{at}.{layer}": lambda h: x[:, None].to(h.dtype)}
+    edits: dict[str, Edit] = {f"resid_pre.{layer}": lambda h: x[:, None].to(h.dtype)}
     if part == "mlp":
         edits[_site(lm, f"mixer_out.{layer}")] = torch.zeros_like
     with lm.editing(edits), lm.reading(site) as acts:
@@ -249,11 +250,11 @@ def _calls(lm: LanguageModel, layer: int, part: str, x: Float[Tensor, "n d"]) ->
         try:
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear | Conv1D) and (id(module) in own) == (part == "mixer"):
-                    hooks.append(
-                        module.register_forward_pre_hook(
-                            lambda module, args, name=name: seen.append((name, module, args[0].reshape(len(x), -1)))
-                        )
-                    )
+
+                    def see(module: nn.Module, args: tuple, name: str = name) -> None:
+                        seen.append((name, module, args[0].reshape(len(x), -1)))
+
+                    hooks.append(module.register_forward_pre_hook(see))
             lm(torch.zeros(len(x), 1, dtype=torch.long))
         finally:
             for hook in hooks:

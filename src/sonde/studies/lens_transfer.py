@@ -96,13 +96,11 @@ def lens_transfer(config: LensTransferConfig) -> Path:
     name = describe(config.other) if config.other else _CODE
     tuning, other = _other_text(config, lm)
     other_fit, other_held = halves(other, name)
-    if config.tuned:
-        tuned = load(config.tuned, dtype=config.dtype, device=config.device)
-        TunedLens.logit(lm).check_fits(tuned, f"the lens of {lm.name}", lm.family)
+    given = load(config.tuned, dtype=config.dtype, device=config.device) if config.tuned else None
+    if given is not None:
+        TunedLens.logit(lm).check_fits(given, f"the lens of {lm.name}", lm.family)
     with open_run("lens-transfer", config, lm) as run:
-        if not config.tuned:
-            assert tuning is not None
-            tuned = _fine_tuned(run, config, lm, tuning)
+        tuned = _fine_tuned(run, config, lm, tuning) if given is None else given
         lens = _trained(run, lm, fit, "base", settings)
         own = _trained(run, tuned, other_fit, "own", settings)
         report = attach_report(lens, lm, tuned, other_held, own=own, progress="scoring")
@@ -119,8 +117,8 @@ def lens_transfer(config: LensTransferConfig) -> Path:
         )
 
 
-def _other_text(config: LensTransferConfig, lm: "LanguageModel") -> "tuple[TokenBatches | None, TokenBatches]":
-    """What is fine-tuned on (None with --tuned), and behind it what lenses read."""
+def _other_text(config: LensTransferConfig, lm: "LanguageModel") -> "tuple[TokenBatches, TokenBatches]":
+    """What is fine-tuned on (not used with --tuned), and behind it what lenses read."""
     from sonde.data.python_docs import sources
     from sonde.lm.batches import TokenBatches
 
@@ -135,7 +133,7 @@ def _other_text(config: LensTransferConfig, lm: "LanguageModel") -> "tuple[Token
         limit_tokens=tuning + config.tokens,
     )
     if config.tuned:
-        return None, whole
+        return whole, whole
     rest, read = whole.split(config.tokens / (tuning + config.tokens))
     return rest, read
 
