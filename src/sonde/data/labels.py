@@ -283,7 +283,7 @@ def _cell(cell: str, feature: str) -> str | None:
         return None
     if not feature:
         return cell
-    return dict(part.partition("=")[::2] for part in cell.split("|")).get(feature)
+    return next((part.partition("=")[2] for part in cell.split("|") if part.partition("=")[0] == feature), None)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -6,6 +6,7 @@ whatever makes it less so lowers the loss. With the logits divided by the best t
 arXiv:1706.04599), losses compare what the models know.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from sonde.lm.batches import TokenBatch, TokenBatches
 from sonde.lm.model import LanguageModel
 from sonde.lm.taps import Edit
-from sonde.stats.information import bits, cross_entropy, log_probs
+from sonde.stats.information import cross_entropy, log_probs
 from sonde.stats.intervals import Interval, bootstrap_ratio
 
 _STEP = 2**0.25
@@ -43,7 +44,8 @@ class RowLoss:
         self, *, tempered: bool = False, clusters: Int[np.ndarray, " rows"] | None = None, seed: int = 0
     ) -> Interval:
         """Bits per byte; bootstrap over rows, or clusters of rows."""
-        return bootstrap_ratio(bits(self.tempered if tempered else self.nats), self.bytes, clusters, seed=seed)
+        nats = self.tempered if tempered else self.nats
+        return bootstrap_ratio(nats / math.log(2), self.bytes, clusters, seed=seed)
 
     def above(
         self,
@@ -57,7 +59,7 @@ class RowLoss:
         if not np.array_equal(self.chunks, other.chunks):
             raise ValueError("losses of different rows cannot be paired")
         more = self.tempered - other.tempered if tempered else self.nats - other.nats
-        return bootstrap_ratio(bits(more), self.bytes, clusters, seed=seed)
+        return bootstrap_ratio(more / math.log(2), self.bytes, clusters, seed=seed)
 
     @staticmethod
     def joined(parts: "Sequence[RowLoss]") -> "RowLoss":

@@ -141,7 +141,8 @@ def _scored(run: "Run", config: BiasErasureConfig, x: "Tensor", table: "ConceptT
 
     if run.done(method):
         kept = run.result(method)
-        return Scores(*(kept[name].numpy() for name in ("linear", "mlp", "task")), kept["rank"], kept["change"])
+        linear, mlp, task = (kept[name].numpy() for name in ("linear", "mlp", "task"))
+        return Scores(linear, mlp, task, kept["rank"], kept["change"])
     z, y = torch.from_numpy(table.concept), torch.from_numpy(table.task)
     fold = torch.from_numpy(np.random.default_rng(config.seed).permutation(len(table)) % 2)
     found = {name: np.zeros(len(table), dtype=np.int64) for name in ("linear", "mlp", "task")}

@@ -113,6 +113,7 @@ def concept_scrubbing(config: ConceptScrubbingConfig) -> Path:
     with open_run("concept-scrubbing", config, lm) as run:
         losses: dict[str, list[RowLoss]] = {name: [] for name, *_ in CONDITIONS}
         ranks: list[int] = []
+        fit = batches
         for number in range(config.seeds):
             fit, held = batches.split(0.5, start=(0.5 + number / config.seeds) % 1)
             found, rank = _scored(run, lm, fit, held, labels, sites, config, number)
@@ -136,9 +137,9 @@ def _labelled(config: ConceptScrubbingConfig, lm: "LanguageModel") -> "tuple[Tok
         raise SondeError(f"{config.model} has no fast tokenizer, which says where in the text its tokens are")
     layout: dict[str, Any] = {"context": min(_CONTEXT, lm.context), "limit_tokens": config.tokens}
     if config.labels:
-        several = len(config.labels) > 1 or config.labels[0].lower().endswith(".conllu")
-        column = config.column or "upos"
-        labelled = read_conllu(config.labels, column=column) if several else read_labels(config.labels[0])
+        first, *others = config.labels
+        several = bool(others) or first.lower().endswith(".conllu")
+        labelled = read_conllu(config.labels, column=config.column or "upos") if several else read_labels(first)
         batches = TokenBatches(list(labelled.texts), lm.tokenizer, **layout)
         source = ", ".join(Path(name).name for name in config.labels)
     else:

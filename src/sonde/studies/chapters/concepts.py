@@ -167,8 +167,10 @@ class Concepts(Part):
         """Share of the mistakes of always naming the most frequent class that the probe avoids, in %."""
         seed = self.audit.config.seed
         rate, base = self._scoring.accuracy(concept, site, dealt=dealt, seed=seed), self._scoring.majority(concept)
-        ends = [100 * (v - base.estimate) / max(1 - base.estimate, 1e-9) for v in (rate.estimate, rate.low, rate.high)]
-        return Interval(*ends, rate.n)
+        estimate, low, high = (
+            100 * (v - base.estimate) / max(1 - base.estimate, 1e-9) for v in (rate.estimate, rate.low, rate.high)
+        )
+        return Interval(estimate, low, high, rate.n)
 
     def _present(self, skills: list[list[Interval]]) -> Finding:
         """The first concept at the layer where it is read best."""
