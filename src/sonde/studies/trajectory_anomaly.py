@@ -89,14 +89,14 @@ def trajectory_anomaly(config: TrajectoryAnomalyConfig) -> Path:
     Raises `SondeError` for too few questions and anything wrong with model, questions, text or folder.
     """
     from sonde.data.text import describe
-    from sonde.lens.anomaly import KINDS
+    from sonde.lens.anomaly import KINDS, Kind
     from sonde.lens.choices import check_prompts
     from sonde.organisms.loading import load
     from sonde.studies import trajectory_chapters as chapters
 
     check_options(config)
     chosen = config.detectors or ()
-    detectors = [kind for name in chosen for kind in KINDS if name == kind]
+    detectors: list[Kind] = [kind for name in chosen for kind in KINDS if name == kind]
     if len(detectors) < len(chosen) or not chosen:
         raise SondeError(f"--detectors takes some of {', '.join(KINDS)}, not {' '.join(chosen) or 'none'}")
     if config.neighbors < 1:
