@@ -118,7 +118,7 @@ def intervals(
         .encode(x=field_x, tooltip=tips)
     )  # fmt: skip
     layers += _reference(alt, "x", reference)
-    return _titled(alt, layers, title, subtitle, right=24).properties(height=34 * len(rows) + 10)
+    return _titled(alt, layers, title, subtitle, right=44).properties(height=34 * len(rows) + 10)
 
 
 def bars(
@@ -197,7 +197,7 @@ def points(
     if size:
         marks = marks.encode(size=alt.Size(f"{size}:Q", legend=None, scale=alt.Scale(range=[24, 220])))
     layers.append(marks)
-    return _titled(alt, layers, title, subtitle, right=24)
+    return _titled(alt, layers, title, subtitle, right=44)
 
 
 def heat(
@@ -237,8 +237,8 @@ def heat(
 
 
 def _titled(alt: Any, layers: Sequence[Any], title: str, subtitle: str, *, right: int = 5) -> Any:
-    """The layers as one chart with its title, and room to the right for labels that stand beside the plot."""
-    padding = {"left": 5, "top": 4, "bottom": 5, "right": right}
+    """The layers as one chart with its title, and room for labels in fonts wider than those that were measured."""
+    padding = {"left": 14, "top": 4, "bottom": 5, "right": right}
     return alt.layer(*layers).properties(title=alt.TitleParams(title, subtitle=subtitle), padding=padding)
 
 
