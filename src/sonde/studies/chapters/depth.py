@@ -222,7 +222,7 @@ class Depth(Part):
             low="low",
             high="high",
             control="random",
-            control_name="random change",
+            control_name="random",
             x_labels=[str(layer) for layer in range(lm.n_layers)],
             title=f"Without block {worst} the loss rises by {number(cost[worst].estimate, 2)} bits per byte",
             subtitle="Loss added by deleting a block, 95 % intervals; grey: by a random change of the same length",
