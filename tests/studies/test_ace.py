@@ -4,8 +4,9 @@ import pytest
 from kill_and_resume import numbers
 
 from sonde.errors import SondeError
+from sonde.organisms.forbidden import train_forbidden
 from sonde.studies.ace import AceConfig, ace
-from sonde.studies.ace_toy import Row, acceptance
+from sonde.studies.ace_toy import Row, acceptance, measured
 from sonde.studies.direction_selection import SelectionConfig, direction_selection
 
 SMALL = {"models": ("organism:refuser",), "prompts": 32, "held": 8, "strengths": (0.0, 1.0), "tokens": 1024}
@@ -61,3 +62,14 @@ def test_the_criteria_tell_good_edits_from_bad_ones():
 
     assert all(holds for _, holds in acceptance([rows(0.1, 0.5, 0.95)] * 6).values())
     assert [holds for _, holds in acceptance([rows(0.4, 0.5, 0.5)] * 6).values()] == [False, False, False, True, True]
+
+
+def test_on_a_transformer_with_known_answers_ace_switches_and_leaves_the_rest_alone():
+    """One of the six runs of the acceptance; `sonde run ace --toy` has all of them."""
+    rows = {row.edit: row for row in measured(train_forbidden(), "resid_post.3", n=256)}
+    assert rows["none"].gap > 0.95 and rows["none"].copied > 0.95
+    off, on, ablated = rows["ACE, a = 0"], rows["ACE, a = 1"], rows["directional ablation"]
+    assert off.gap <= 0.3 and off.gap <= 0.6 * ablated.gap and off.copied >= 0.9
+    assert min(on.harmless, on.harmful) >= 0.95
+    for name, row in rows.items():
+        assert not ("addition" in name and row.harmful <= 0.3 and row.copied >= 0.5)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sonde.runs.run import Run
 
 SEEDS, SITES = (0, 1, 2), ("resid_post.2", "resid_post.3")
-OFFSETS = (-40.0, -20.0, 20.0, 40.0)
+OFFSETS = (-80.0, -40.0, 40.0, 80.0)
 EDITS: tuple[tuple[str, Method | None, float], ...] = (
     ("none", None, 0.0),
     ("activation addition, a = −0.5", "add", -0.5),
