@@ -12,6 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sonde.concepts.affine import AffineEdit
+    from sonde.concepts.leace import LeaceEraser
     from sonde.errors import SondeError
     from sonde.lens.tuned import TunedLens
     from sonde.lm.model import LanguageModel
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `import sonde` and `sonde --help` cost nothing.
 _HOMES = {
+    "AffineEdit": "sonde.concepts.affine",
+    "LeaceEraser": "sonde.concepts.leace",
     "SondeError": "sonde.errors",
     "LanguageModel": "sonde.lm.model",
     "TunedLens": "sonde.lens.tuned",
@@ -29,7 +33,7 @@ _HOMES = {
     "audit": "sonde.studies.audit",
 }
 
-__all__ = ["LanguageModel", "SondeError", "TunedLens", "audit", "load"]
+__all__ = ["AffineEdit", "LanguageModel", "LeaceEraser", "SondeError", "TunedLens", "audit", "load"]
 
 
 def __getattr__(name: str) -> Any:
