@@ -287,19 +287,16 @@ class Concepts(Part):
         return Figure(id="concepts.cost", chart=chart, caption=caption)
 
     def _table(self) -> Table:
-        rows = []
-        for i, labels in enumerate(self._concepts):
-            told = [100 * self._scoring.accuracy(i, site).estimate for site in self._sites]
-            rows.append([self._name(i), len(labels.names), 100 * self._scoring.majority(i).estimate, *told])
+        concepts = range(len(self._concepts))
+        rows = [
+            [_place(site), *(100 * self._scoring.accuracy(i, site).estimate for i in concepts)] for site in self._sites
+        ]
+        rows.append(["most frequent class", *(100 * self._scoring.majority(i).estimate for i in concepts)])
+        names = (f"{self._name(i)} ({len(labels.names)} classes)" for i, labels in enumerate(self._concepts))
         return Table(
             id="concepts.layers",
             caption="Share of labelled tokens told right by the probe at each layer, in %",
-            columns=[
-                "concept",
-                "classes",
-                Column(name="most frequent class", unit="%"),
-                *(Column(name=_place(site)) for site in self._sites),
-            ],
+            columns=["read", *(Column(name=name) for name in names)],
             rows=rows,
         )
 
