@@ -289,7 +289,11 @@ class Concepts(Part):
     def _table(self) -> Table:
         concepts = range(len(self._concepts))
         rows = [
-            [_place(site), *(100 * self._scoring.accuracy(i, site).estimate for i in concepts)] for site in self._sites
+            [
+                _place(site).replace(" ", "\N{NO-BREAK SPACE}"),
+                *(100 * self._scoring.accuracy(i, site).estimate for i in concepts),
+            ]
+            for site in self._sites
         ]
         rows.append(["most frequent class", *(100 * self._scoring.majority(i).estimate for i in concepts)])
         names = (f"{self._name(i)} ({len(labels.names)} classes)" for i, labels in enumerate(self._concepts))
