@@ -87,8 +87,13 @@ class Selection:
         Raises `SondeError` where none passes, naming the scores of the best ones.
         """
         if not self.usable:
-            raise SondeError(_none_left(self.candidates))
+            raise SondeError(self.why_none)
         return min(self.usable, key=lambda one: one.bypass)
+
+    @property
+    def why_none(self) -> str:
+        """What the best candidates lack where none passes."""
+        return _none_left(self.candidates)
 
     def ablation(self, lm: LanguageModel) -> SiteEdits:
         """The chosen direction ablated, as it was tried."""

@@ -141,7 +141,7 @@ class SiteEdits:
         streams = [site for site in lm.sites if site.startswith("resid_pre")]
         streams.append(f"resid_post.{lm.n_layers - 1}")
         parts = [site for site in lm.sites if site.startswith(("mixer_out", "mlp_out"))]
-        edits: dict[str, nn.Module] = dict.fromkeys(parts, ablate) | dict.fromkeys(streams, at_least)
+        edits: dict[str, nn.Module] = {**dict.fromkeys(parts, ablate), **dict.fromkeys(streams, at_least)}
         facts = {"method": "ablate" if mean is None else "ace", "everywhere": True, "strength": strength}
         return SiteEdits({site: edits[site] for site in lm.sites if site in edits}, facts=facts)
 

@@ -105,7 +105,8 @@ class Standardisation:
             incoherent=tuple(state["incoherent"]),
             loss_limit=state["loss_limit"],
             undecided=state["undecided"],
-            **sides,
+            positive=sides["positive"],
+            negative=sides["negative"],
             **curves,
         )
 

@@ -208,11 +208,7 @@ def _tested(
         "tables": (f"{way}.scores",),
     }
     if not found.usable:
-        try:
-            _ = found.chosen
-        except SondeError as error:
-            reason = str(error)
-        return Finding(sentence="No candidate passes the rule.", refused=reason, **common)
+        return Finding(sentence="No candidate passes the rule.", refused=found.why_none, **common)
     chosen = found.chosen
     generator = torch.Generator().manual_seed(0)
     other = torch.randn(len(chosen.vector), generator=generator).to(chosen.vector)
