@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sonde.errors import SondeError
 from sonde.lens.ablation import ablate, check_orthonormal
 from sonde.lens.fused import Readout
-from sonde.lens.resumption import first_block, recording
+from sonde.lens.later_blocks import first_block, recording
 from sonde.lens.rows import paired
 from sonde.lens.tuned import TunedLens
 from sonde.lm.batches import TokenBatch

@@ -16,7 +16,7 @@ from torch import Tensor
 from sonde.errors import SondeError
 from sonde.lens.descent import Descent, LensTraining, ridge_translators
 from sonde.lens.fused import Readout, Target
-from sonde.lens.resumption import Blocks, recording
+from sonde.lens.later_blocks import Blocks, recording
 from sonde.lens.tuned import TunedLens
 from sonde.lm.batches import TokenBatch, TokenBatches
 from sonde.lm.model import LanguageModel

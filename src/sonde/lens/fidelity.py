@@ -24,7 +24,7 @@ from sonde.errors import SondeError
 from sonde.lens.causal_basis import CausalBasis, random_basis
 from sonde.lens.direction_loss import direction_loss
 from sonde.lens.fused import Readout, Target, divergence
-from sonde.lens.resumption import first_block, recording
+from sonde.lens.later_blocks import first_block, recording
 from sonde.lens.tuned import TunedLens
 from sonde.lm.batches import TokenBatch
 from sonde.lm.model import LanguageModel

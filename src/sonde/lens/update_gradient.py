@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sonde.errors import SondeError
 from sonde.lens.fused import Readout, Target, divergence
-from sonde.lens.resumption import recording
+from sonde.lens.later_blocks import recording
 from sonde.lens.rows import paired
 from sonde.lm.batches import TokenBatch
 from sonde.lm.model import LanguageModel

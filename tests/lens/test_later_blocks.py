@@ -3,7 +3,7 @@ import torch
 from families import tiny, tokens
 
 from sonde.errors import SondeError
-from sonde.lens.resumption import first_block, recording
+from sonde.lens.later_blocks import first_block, recording
 from sonde.lm.model import LanguageModel
 
 
