@@ -53,6 +53,7 @@ def train_forbidden(*, seed: int = 0, steps: int = 600, progress: str | None = N
             num_attention_heads=4,
             intermediate_size=256,
             max_position_embeddings=LENGTH + 4,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
             use_parallel_residual=False,
             tie_word_embeddings=False,
             bos_token_id=None,

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 STRENGTHS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 METHODS = {"ace": "ACE", "add": "activation addition", "ablate": "directional ablation"}
 _TWINS = ("refuser-rwkv", "refuser-mamba2")
-_DEPTH = 0.47  # of the layers: 15 of 32 in the reference code
+_DEPTH = 0.8  # of the layers, below which a site is looked for
+_FEW, _NEARLY = 8, 0.05  # instructions of each kind for that; rates that count as the same
 _CONTEXT, _MOST_WINDOWS = 64, 32
 
 
@@ -52,7 +53,8 @@ class AceConfig(Runnable):
     openers: Annotated[tuple[str, ...], arg(metavar="TEXT ...")] = (" I", " No")
     """How refusals begin, with the space before them; their first tokens are what is scored."""
     site: Name = None
-    """Where the edit acts. By default the output of the block at 0.47 of the depth."""
+    """Where the edit acts. By default the first block at which ACE nearly does what it does at the best one, tried on
+    instructions that are fitted on."""
     strengths: Annotated[tuple[float, ...], arg(metavar="X ...")] = STRENGTHS
     """Strengths; 0 and 1 are the means of the two kinds under ACE."""
     prompts: Count = 64
@@ -178,8 +180,8 @@ def _measured(run: "Run", config: AceConfig, lm: "LanguageModel") -> "tuple[dict
     from sonde.concepts.site_edits import SiteEdits
     from sonde.concepts.standardisation import Standardisation, neutral_windows, standardisation
 
-    site = config.site or f"resid_post.{int(_DEPTH * lm.n_layers)}"
     fit, held = refusal_prompts(config, lm, config.prompts, config.held)
+    site = config.site or _site(run, config, lm, fit)
     means: Contrast = contrast(lm, fit[True], fit[False], sites=site, template=template_hash(lm))
     neutral = neutral_windows(
         lm, config.text, n=min(_MOST_WINDOWS, max(2, config.tokens // _CONTEXT)), context=_CONTEXT
@@ -190,7 +192,7 @@ def _measured(run: "Run", config: AceConfig, lm: "LanguageModel") -> "tuple[dict
         judge, sampling = first_tokens(lm, config.openers), {}
     found = {}
     for name in ("none", *METHODS):
-        step = f"{lm.name.replace(':', '-').replace('/', '-').lower()}.{name}"
+        step = f"{_slug(lm)}.{name}"
         if not run.done(step):
             edits = None if name == "none" else SiteEdits.of(means, name)  # type: ignore[arg-type]
             curve = standardisation(
@@ -208,6 +210,31 @@ def _measured(run: "Run", config: AceConfig, lm: "LanguageModel") -> "tuple[dict
             run.finish(step, curve.state())
         found[name] = Standardisation.from_state(run.result(step))
     return found, site
+
+
+def _site(run: "Run", config: AceConfig, lm: "LanguageModel", fit: dict[bool, list[str]]) -> str:
+    """The first block at which ACE from 0 to 1 moves both kinds as far as at the best one, but for 0.05."""
+    from sonde.concepts.contrast import contrast
+    from sonde.concepts.judges import first_tokens
+    from sonde.concepts.site_edits import SiteEdits
+    from sonde.concepts.strength_sweep import first_token_sweep
+
+    step = f"{_slug(lm)}.site"
+    if not run.done(step):
+        sites = [f"resid_post.{i}" for i in range(lm.n_layers) if i < _DEPTH * lm.n_layers]
+        means = contrast(lm, fit[True], fit[False], sites=sites)
+        tokens = first_tokens(lm, config.openers)
+        few = [*fit[True][:_FEW], *fit[False][:_FEW]]
+        moves = []
+        for site in sites:
+            off, on = first_token_sweep(lm, SiteEdits.of(means, "ace", sites=[site]), few, [0.0, 1.0], tokens)
+            moves.append(float((on - off).view(-1).mean()))
+        run.finish(step, next(site for site, move in zip(sites, moves, strict=True) if move >= max(moves) - _NEARLY))
+    return run.result(step)
+
+
+def _slug(lm: "LanguageModel") -> str:
+    return lm.name.replace(":", "-").replace("/", "-").lower()
 
 
 def _chapter(lm: "LanguageModel", site: str, curves: "dict[str, Standardisation]", command: str) -> "Chapter":

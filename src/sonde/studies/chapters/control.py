@@ -13,8 +13,8 @@ from sonde.runs.finding import Finding
 from sonde.stats.intervals import bootstrap_mean, bootstrap_means
 from sonde.studies.chapters.part import Part
 
-_STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-_RANDOM = 4
+_STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+_RANDOM = 8
 
 
 class Control(Part):
@@ -57,7 +57,7 @@ class Control(Part):
         )
 
     def _finding(self, found: DoseResponse) -> Finding:
-        """How much preference moves from strength -1 to 1, against random directions, whichever way they move it."""
+        """How much preference moves over all strengths, against random directions, whichever way they move it."""
         moved = bootstrap_mean((found.preference[-1] - found.preference[0]).numpy())
         others = (found.random[:, -1] - found.random[:, 0]).mean(1).abs()
         control = bootstrap_mean(others.numpy())
@@ -71,7 +71,7 @@ class Control(Part):
             id="control.response",
             chapter=self.name,
             sentence=sentence,
-            metric="rise of the preference from strength −1 to 1",
+            metric="rise of the preference from strength −2 to 2",
             unit="nats per token",
             better="higher",
             control=ControlValue.of("random directions, absolute", control),
