@@ -42,7 +42,10 @@ class Control(Part):
             question="Can it be steered?",
             answer=finding.sentence,
             findings=[finding],
-            blocks=[self._chart(found, finding.sentence), self._table(found)],
+            blocks=[
+                self._chart(found, f"Steered, it leans by {abs(finding.estimate or 0.0):.2f} nats per token"),
+                self._table(found),
+            ],
             not_shown=(
                 "One contrast at one layer. That it can be steered there says nothing about other behaviours, and a "
                 "model that leans towards a text need not write it well. Large strengths break any model."
@@ -80,16 +83,20 @@ class Control(Part):
             tables=("control.strengths",),
         )
 
-    def _chart(self, found: DoseResponse, sentence: str) -> Figure:
-        rows = []
-        series = {"contrast": found.preference, **{f"random {i + 1}": one for i, one in enumerate(found.random)}}
-        for name, values in series.items():
-            # each pair against itself unsteered: what the two texts differ in anyway is the same at all strengths
-            shift = values - values[found.strengths.index(0.0)]
-            for strength, one in zip(found.strengths, bootstrap_means(shift.T.numpy()), strict=True):
-                rows.append(
-                    {"strength": strength, "nats": one.estimate, "low": one.low, "high": one.high, "direction": name}
-                )
+    def _chart(self, found: DoseResponse, title: str) -> Figure:
+        # each pair against itself unsteered: what the two texts differ in anyway is the same at all strengths
+        zero = found.strengths.index(0.0)
+        shift = (found.preference - found.preference[zero]).T.numpy()
+        others = (found.random - found.random[:, zero : zero + 1]).mean(2).T
+        rows = [
+            {"strength": strength, "nats": one.estimate, "low": one.low, "high": one.high, "direction": "contrast"}
+            for strength, one in zip(found.strengths, bootstrap_means(shift), strict=True)
+        ]
+        rows += [
+            {"strength": strength, "nats": float(one.mean()), "low": float(one.min()), "high": float(one.max())}
+            | {"direction": "random"}
+            for strength, one in zip(found.strengths, others, strict=True)
+        ]
         chart = chart_kinds.lines(
             rows,
             x="strength",
@@ -97,9 +104,9 @@ class Control(Part):
             low="low",
             high="high",
             series="direction",
-            control=[name for name in series if name != "contrast"],
-            title=sentence.removesuffix("."),
-            subtitle="Shift of the preference from the unsteered model, 95 % bands over held-out pairs",
+            control=("random",),
+            title=title,
+            subtitle=f"Shift from the unsteered model, 95 % band over pairs; grey: {_RANDOM} random directions",
             x_title="strength (in differences of means)",
             y_title="shift (nats per token)",
         )
