@@ -32,7 +32,9 @@ _CITE = "Belrose et al. 2023, arXiv:2303.08112"
 def detect(scores: Scores, detectors: Sequence[Kind], *, neighbors: int, seed: int, command: str) -> Chapter:
     """Detectors on trajectories, on both lenses and both ways to mislead; the first detector makes the findings."""
     first = detectors[0]
-    settings = [(attack, lens, kind) for attack in ATTACKS for lens in ("tuned", "logit") for kind in detectors]
+    settings: list[tuple[str, str, Kind]] = [
+        (attack, lens, kind) for attack in ATTACKS for lens in ("tuned", "logit") for kind in detectors
+    ]
     found: dict[tuple[str, str, str], Detection] = {}
     for attack, lens, kind in tqdm(settings, desc="detectors", unit="detector"):
         found[attack, lens, kind] = detection(
