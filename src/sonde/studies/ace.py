@@ -65,7 +65,7 @@ class AceConfig(Runnable):
     """Replies sampled for each prompt and strength, at temperature 1.5, and judged by their openers. With 0 nothing is
     generated: the score is the mass of the openers' first tokens."""
     toy: bool = False
-    """Also train six small transformers and hold the edits against the acceptance criteria; takes minutes."""
+    """Also train three small transformers and hold the edits against the acceptance criteria; takes minutes."""
     tokens: Count = 1024
     """Tokens of plain text."""
     out: Folder = None
