@@ -7,20 +7,19 @@ before the last "Answer:"; and demonstrations with wrong labels (Halawi et al., 
 from the seed and the number of the question, so that a prompt and its tampered version differ in nothing else.
 """
 
-import json
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from sonde.data.rows import parsed, read_rows
 from sonde.errors import SondeError
 
 CUE = "Answer:"
 RULE = "-" * 40
-SUFFIXES = (".json", ".jsonl", ".csv")
 Style = Literal["text", "letters"]
 
 
@@ -71,7 +70,7 @@ def questions(source: str | Path | Iterable[Mapping[str, Any]]) -> list[Question
     Raises `SondeError` that names the row for one that lacks these, and for a file that cannot be read or holds none.
     """
     if isinstance(source, str | Path):
-        rows, name = _rows(Path(source).expanduser()), str(source)
+        rows, name = read_rows(source, of="questions"), str(source)
     else:
         rows, name = ((f"row {number}", row) for number, row in enumerate(source, 1)), "the given rows"
     found = [_question(row, where) for where, row in rows]
@@ -168,47 +167,6 @@ def _letters(question: Question) -> str:
     return string.ascii_uppercase[: len(question.choices)]
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a file, each with what to call it in an error."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise SondeError(f"{path} is not a file of questions: expected one that ends in {', '.join(SUFFIXES)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise SondeError(f"{path} does not exist: give a file of questions ({', '.join(SUFFIXES)})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SondeError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if not text.strip():
-        return
-    match path.suffix.lower():
-        case ".csv":
-            import io
-
-            import polars as pl
-
-            try:
-                frame = pl.read_csv(io.StringIO(text), infer_schema=False)
-            except pl.exceptions.PolarsError as error:
-                raise SondeError(f"{path} is not a CSV with a header: {str(error).splitlines()[0]}") from error
-            yield from ((f"{path}, row {number}", row) for number, row in enumerate(frame.iter_rows(named=True), 1))
-        case ".jsonl":
-            for number, line in enumerate(text.splitlines(), 1):
-                if line.strip():
-                    yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
-        case _:
-            value = _parsed(text, str(path))
-            if not isinstance(value, list):
-                raise SondeError(f"{path} holds {type(value).__name__}: expected a list of questions")
-            yield from ((f"{path}, entry {number}", row) for number, row in enumerate(value, 1))
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SondeError(f"{where} is not JSON: {error}") from error
-
-
 def _question(row: Any, where: str) -> Question:
     if not isinstance(row, Mapping):
         raise SondeError(f"{where}: expected a question with named fields, found {type(row).__name__}")
@@ -235,7 +193,7 @@ def _listed(row: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[
     """The choices and their labels."""
     given = row.get("choices")
     if isinstance(given, str):
-        given = _parsed(given, f"{where}, choices")
+        given = parsed(given, f"{where}, choices")
     if given is None:
         columns = [name for name in string.ascii_uppercase if row.get(name) is not None]
         return tuple(str(row[name]).strip() for name in columns), tuple(columns)
