@@ -32,7 +32,7 @@ from sonde.errors import SondeError
 from sonde.files import load_bundle, save_bundle, write_json
 from sonde.lm.batches import TokenBatch, TokenBatches
 from sonde.lm.model import LanguageModel
-from sonde.lm.resumption import Resumption
+from sonde.lm.resumption import resumed, resumption
 from sonde.lm.stream import all_merge
 
 Method = Literal["leace", "sal", "random"]
@@ -262,9 +262,7 @@ class _Walk:
 
     def __init__(self, lm: LanguageModel, batches: TokenBatches, keep: Keep, folder: Path | None, bar: tqdm) -> None:
         self._lm, self._batches, self._bar = lm, batches, bar
-        self._resumption = None if keep == "recompute" else Resumption(lm)
-        if self._resumption is not None and not self._resumption.works:
-            self._resumption = None
+        self._keeps = keep != "recompute" and resumption(lm).works
         self._disk = folder / "stream" if keep == "disk" and folder is not None else None
         self._layer = 0
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -276,7 +274,7 @@ class _Walk:
     def to(self, site: str, edits: Mapping[str, AffineEdit]) -> Iterator[tuple[TokenBatch, Mapping[str, Tensor]]]:
         """Every batch with the activations at `site` of a run through `edits`."""
         layer = int(site.partition(".")[2])
-        if self._resumption is not None and layer > self._layer:
+        if self._keeps and layer > self._layer:
             self._advance(layer, edits)
         return self._run([site], edits, self._layer)
 
@@ -316,12 +314,12 @@ class _Walk:
 
     @contextmanager
     def _from(self, layer: int, index: int) -> Iterator[None]:
-        if not layer or self._resumption is None:
+        if not layer:
             yield
             return
         half, scale = self._kept[index] if self._disk is None else load_bundle(self._path(layer, index))
         stream = (half.float() * scale).to(self._lm.dtype).to(self._lm.device)
-        with self._resumption.at(layer, stream):
+        with resumed(self._lm, layer, stream):
             yield
 
     def _path(self, layer: int, index: int) -> Path:

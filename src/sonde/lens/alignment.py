@@ -22,11 +22,11 @@ from tqdm import tqdm
 from sonde.errors import SondeError
 from sonde.lens.ablation import ablate, check_orthonormal
 from sonde.lens.fused import Readout
-from sonde.lens.later_blocks import first_block, recording
 from sonde.lens.rows import paired
 from sonde.lens.tuned import TunedLens
 from sonde.lm.batches import TokenBatch
 from sonde.lm.model import LanguageModel
+from sonde.lm.resumption import first_block, run_from
 from sonde.lm.surgery import derangement
 from sonde.stats import information
 from sonde.stats.intervals import Interval, bootstrap_ratio
@@ -75,7 +75,7 @@ def alignment(
 
     Raises:
         SondeError: for batches of one row, directions that are not orthonormal, sites beside the residual stream or the
-            lens, no text, and models whose blocks cannot be run by themselves.
+            lens, and no text.
 
     """
     firsts = {site: first_block(lm, site) for site in directions}
@@ -83,15 +83,12 @@ def alignment(
         lens.layer(site)
         check_orthonormal(vectors)
     readout, last = Readout(lm.unembedding), f"resid_post.{lm.n_layers - 1}"
-    read = set(directions) | {f"resid_pre.{first}" for first in firsts.values() if first < lm.n_layers}
     sums: dict[str, list[Tensor]] = {site: [] for site in directions}
     for number, batch in enumerate(batches):
         mask, rows = batch.mask.to(lm.device), len(batch.mask)
         order = derangement(rows, seed=seed + number).to(lm.device)
-        with recording(lm) as rest, lm.reading(*read, last) as acts:
+        with lm.reading(*directions, last) as acts:
             lm(batch.tokens, batch.mask)
-        if not number and firsts and min(firsts.values()) < lm.n_layers:
-            rest.check(acts, min(firsts.values()))
         both = mask & mask[order]
         row = torch.arange(rows, device=mask.device)[:, None].expand_as(mask)[both]
         labels = torch.full_like(batch.tokens, -1)
@@ -103,7 +100,7 @@ def alignment(
             hidden = acts[site]
             treated = ablate(hidden, directions[site].to(hidden), hidden[order])
             treated = torch.where(both[..., None], treated, hidden)
-            ends = rest.run(treated, firsts[site])[both].to(readout.dtype)
+            ends = run_from(lm, firsts[site], treated, batch.tokens, batch.mask)[both].to(readout.dtype)
             before, after = (
                 readout.normed(lens.translate(h[both].float(), site).to(readout.dtype)) for h in (hidden, treated)
             )

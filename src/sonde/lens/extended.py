@@ -16,10 +16,10 @@ from torch import Tensor
 from sonde.errors import SondeError
 from sonde.lens.descent import Descent, LensTraining, ridge_translators
 from sonde.lens.fused import Readout, Target
-from sonde.lens.later_blocks import Blocks, recording
 from sonde.lens.tuned import TunedLens
 from sonde.lm.batches import TokenBatch, TokenBatches
 from sonde.lm.model import LanguageModel
+from sonde.lm.resumption import run_from
 from sonde.stats.moments import Moments
 
 
@@ -41,8 +41,7 @@ class ExtendedLens:
         self.lm, self.blocks = lm, blocks
         self.first = lm.n_layers - blocks
         self.lens = TunedLens.zeros(lm, sites=[f"resid_pre.{i}" for i in range(self.first)])
-        self._read = (*self.lens.sites, f"resid_pre.{self.first}", f"resid_post.{lm.n_layers - 1}")
-        self._checked = False
+        self._read = (*self.lens.sites, f"resid_post.{lm.n_layers - 1}")
 
     @staticmethod
     def fit(
@@ -96,36 +95,29 @@ class ExtendedLens:
         self, tokens: Int[Tensor, "batch pos"], layer: int | str, mask: Bool[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos vocab"]:
         """What the model predicts when it jumps from `layer` to its last blocks."""
-        with recording(self.lm) as rest, self.lm.reading(*self._read) as acts:
+        site = self.lens.sites[self.lens.layer(layer)]
+        with self.lm.reading(site) as acts:
             self.lm(tokens, mask)
-        self._check(rest, acts)
-        start = self.lens.translate(acts[self.lens.sites[self.lens.layer(layer)]], layer)
-        return self.lm.unembed(rest.run(start, self.first))
+        start = self.lens.translate(acts[site], layer)
+        return self.lm.unembed(run_from(self.lm, self.first, start, tokens, mask))
 
     @contextmanager
     def _pass(self, batch: TokenBatch) -> Iterator[tuple[Tensor, Target, Any]]:
         """States of all layers (layers, n, d), the target, and the way from translated states to the head."""
         lm, readout = self.lm, Readout(self.lm.unembedding)
-        with torch.no_grad(), recording(lm) as rest, lm.reading(*self._read) as acts:
+        with torch.no_grad(), lm.reading(*self._read) as acts:
             lm(batch.tokens, batch.mask)
-        self._check(rest, acts)
         mask = batch.mask.to(lm.device)
         shape = mask.shape
 
         def decode(translated: Float[Tensor, "layers n d"]) -> Float[Tensor, "layers n d_head"]:
             # every token goes through the blocks, pads too; only real ones go on to the head
             whole = (states.view(*shape, -1).to(lm.dtype) for states in translated)
-            ends = (rest.run(states, self.first)[mask] for states in whole)
+            ends = (run_from(lm, self.first, states, batch.tokens, batch.mask)[mask] for states in whole)
             return torch.stack([readout.normed(end.to(readout.dtype)) for end in ends])
 
         hidden = torch.stack([acts[site].flatten(0, 1) for site in self.lens.sites])
         yield hidden, Target.model(readout, acts[self._read[-1]][mask]), decode
-
-    def _check(self, rest: Blocks, acts: dict[str, Tensor]) -> None:
-        """Once: the blocks called by hand must repeat the ordinary pass."""
-        if not self._checked:
-            rest.check(acts, self.first)
-            self._checked = True
 
     @torch.no_grad()
     def _held_out_loss(self, held: Iterable[TokenBatch], descent: Descent) -> Float[Tensor, " layers"]:

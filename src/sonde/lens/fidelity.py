@@ -24,10 +24,10 @@ from sonde.errors import SondeError
 from sonde.lens.causal_basis import CausalBasis, random_basis
 from sonde.lens.direction_loss import direction_loss
 from sonde.lens.fused import Readout, Target, divergence
-from sonde.lens.later_blocks import first_block, recording
 from sonde.lens.tuned import TunedLens
 from sonde.lm.batches import TokenBatch
 from sonde.lm.model import LanguageModel
+from sonde.lm.resumption import first_block, run_from
 from sonde.stats.intervals import Interval, bootstrap, bootstrap_ratio
 from sonde.stats.ranks import spearman
 
@@ -124,7 +124,7 @@ def fidelity(
         progress: label of a progress bar; None for no bar.
 
     Raises:
-        SondeError: for sites beside the residual stream, no text, and models whose blocks cannot be run by themselves.
+        SondeError: for sites beside the residual stream, and no text.
 
     """
     chosen = [bases] if isinstance(bases, CausalBasis) else list(bases)
@@ -141,28 +141,23 @@ def fidelity(
         mask = batch.mask.to(lm.device)
         rows, length = mask.shape
         together = min(max(1, _TOKENS // (rows * length)), max(map(len, directions), default=1))
-        tokens, copies = batch.tokens.repeat(together, 1), batch.mask.repeat(together, 1)
-        read = {basis.site for basis in chosen} | {f"resid_pre.{first}" for first in firsts if first < lm.n_layers}
-        with recording(lm) as rest, lm.reading(*read, last) as acts:
-            lm(tokens, copies)
-        if not counts and firsts and min(firsts) < lm.n_layers:
-            rest.check(acts, min(firsts))
+        with lm.reading(*{basis.site for basis in chosen}, last) as acts:
+            lm(batch.tokens, batch.mask)
         counts.append(mask.sum(-1).double())
-        target = Target.model(readout, acts[last][:rows][mask])
+        target = Target.model(readout, acts[last][mask])
         places = tqdm(chosen, desc=progress, unit="layer", disable=progress is None, leave=False)
         for place, basis in enumerate(places):
-            hidden, vectors = acts[basis.site][:rows].float(), directions[place]
+            hidden, vectors = acts[basis.site].float(), directions[place]
             mean = basis.mean.to(hidden)
             energies = direction_loss(lens, basis.site, hidden[mask], mean).by_token(vectors)
             effects = []
             for start in range(0, len(vectors), together):
                 group = vectors[start : start + together]
-                padded = torch.cat([group, group.new_zeros(together - len(group), lm.d_model)])
-                away = torch.einsum("btd,kd->kbt", hidden - mean, padded)
-                ablated = hidden - away[..., None] * padded[:, None, None]
-                ends = rest.run(ablated.flatten(0, 1).to(lm.dtype), firsts[place]).unflatten(0, (together, rows))
-                kept = ends[: len(group)][:, mask].to(readout.dtype)
-                effects.append(divergence(readout.normed(kept), target, readout))
+                away = torch.einsum("btd,kd->kbt", hidden - mean, group)
+                ablated = (hidden - away[..., None] * group[:, None, None]).flatten(0, 1).to(lm.dtype)
+                tokens, copies = batch.tokens.repeat(len(group), 1), batch.mask.repeat(len(group), 1)
+                ends = run_from(lm, firsts[place], ablated, tokens, copies).unflatten(0, (len(group), rows))
+                effects.append(divergence(readout.normed(ends[:, mask].to(readout.dtype)), target, readout))
             sums[place].append((_by_row(energies, mask), _by_row(torch.cat(effects), mask)))
     if not counts:
         raise SondeError("no text was given, so no direction could be ablated in the model")

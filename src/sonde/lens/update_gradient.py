@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from sonde.errors import SondeError
 from sonde.lens.fused import Readout, Target, divergence
-from sonde.lens.later_blocks import recording
 from sonde.lens.rows import paired
 from sonde.lm.batches import TokenBatch
 from sonde.lm.model import LanguageModel
+from sonde.lm.resumption import run_from
 from sonde.stats.intervals import Interval, bootstrap_ratio
 
 
@@ -40,7 +40,7 @@ def update_gradient(
 ) -> list[UpdateGradient]:
     """Cosines of update and gradient of every block over the tokens of a text, with intervals over its rows.
 
-    Raises `SondeError` without text, and for models whose blocks cannot be run by themselves.
+    Raises `SondeError` without text.
     """
     stream = [*(f"resid_pre.{i}" for i in range(lm.n_layers)), f"resid_post.{lm.n_layers - 1}"]
     readout = Readout(lm.unembedding)
@@ -49,16 +49,15 @@ def update_gradient(
         # the last token of a row predicts nothing that is known
         here, there = (side.to(lm.device) for side in paired(batch.mask, 1))
         target = Target.tokens(readout, batch.tokens.to(lm.device)[there])
-        with torch.no_grad(), recording(lm) as rest, lm.reading(*stream) as acts:
+        with torch.no_grad(), lm.reading(*stream) as acts:
             lm(batch.tokens, batch.mask)
-        if not sums:
-            rest.check(acts, 0)
         rows = []
         for layer in range(lm.n_layers):
             before, after = acts[stream[layer]], acts[stream[layer + 1]]
             with torch.enable_grad():
                 free = before.detach().requires_grad_()
-                normed = readout.normed(rest.run(free, layer + 1)[here].to(readout.dtype))
+                ends = run_from(lm, layer + 1, free, batch.tokens, batch.mask)
+                normed = readout.normed(ends[here].to(readout.dtype))
                 (gradient,) = torch.autograd.grad(divergence(normed[None], target, readout).sum(), free)
             cosine = cosine_similarity((after - before).float(), gradient.float(), dim=-1) * here
             rows.append(torch.stack([cosine.sum(-1), (cosine < 0).sum(-1)]))

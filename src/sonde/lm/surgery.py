@@ -10,7 +10,7 @@ and after place i, whatever runs there; `mixer_out.i` and `mlp_out.i` stay with 
 added can be read. Blocks always run, so that caches stay whole and a split run equals the whole one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,11 +24,12 @@ from tqdm import tqdm
 from sonde.errors import SondeError
 from sonde.lm.batches import TokenBatch
 from sonde.lm.model import LanguageModel
+from sonde.lm.resumption import resumed
+from sonde.lm.rewiring import Forward, rewired, stream_in, stream_of, with_stream
 from sonde.stats import information
 from sonde.stats.intervals import Interval, bootstrap_ratio
 
 Ablation = Literal["zero", "mean", "resample"]
-Forward = Callable[..., Any]
 _MEMORIES = ("past_key_values", "layer_past", "cache_params", "state")  # what models call a cache that a block gets
 # Where configurations say of what kind each block is; blocks of different kinds are given different masks.
 _KINDS = ("layer_types", "layers_block_type", "block_types")
@@ -75,21 +76,21 @@ def ablated(
 
     def instead(hidden: Tensor, out: Any) -> Any:
         if by == "zero":
-            return _with_stream(out, hidden)
-        update = _stream(out) - hidden
+            return with_stream(out, hidden)
+        update = stream_of(out) - hidden
         frame = lm._taps._frame
         real = torch.ones(hidden.shape[:2], dtype=torch.bool) if frame is None else frame.position >= 0
-        return _with_stream(out, hidden + _replacement(update, real.to(hidden.device), by, over, seed))
+        return with_stream(out, hidden + _replacement(update, real.to(hidden.device), by, over, seed))
 
     def around(forward: Forward) -> Forward:
         def call(*args: Any, **kwargs: Any) -> Any:
-            hidden = _given(args, kwargs).clone()
+            hidden = stream_in(args, kwargs).clone()
             return instead(hidden, forward(*args, **kwargs))
 
         return call
 
     blocks = lm.structure.blocks
-    with _rewired({layer: around(blocks[layer].forward) for layer in _numbers(lm, layers)}, lm):
+    with rewired(lm, {layer: around(blocks[layer].forward) for layer in _numbers(lm, layers)}):
         yield
 
 
@@ -125,7 +126,7 @@ def replaced(lm: LanguageModel, blocks: Mapping[int, int | nn.Module]) -> Iterat
         forward = lm.structure.blocks[source].forward
         moved = source in places and sum(other == source for other in blocks.values()) == 1
         forwards[place] = forward if moved else _without_memory(forward, lm, source)
-    with _rewired(forwards, lm):
+    with rewired(lm, forwards):
         yield
 
 
@@ -168,23 +169,23 @@ def deletion_effects(
     `batches` are a `TokenBatches` or some of its batches. Raises `SondeError` for tokens that the model does not know.
     """
     generator = torch.Generator().manual_seed(seed)
+    streams = [*(f"resid_pre.{i}" for i in range(lm.n_layers)), f"resid_post.{lm.n_layers - 1}"]
     parts: list[dict[str, Tensor]] = []
     for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
         tokens, mask = batch.tokens.to(lm.device), batch.mask.to(lm.device)
-        with _recorded(lm) as record:
-            plain = lm(tokens, mask).logits
-        assert plain is not None
+        with lm.reading(*streams, "logits") as acts:
+            lm(tokens, mask)
         found: dict[str, list[Tensor]] = {name: [] for name in ("kl", "loss", "noise_kl", "noise_loss")}
         for layer in range(lm.n_layers):
-            hidden, out = record[layer]
+            hidden, out = acts[streams[layer]], acts[streams[layer + 1]]
             change = torch.randn(hidden.shape, generator=generator).to(hidden)
-            length = (_stream(out) - hidden).norm(dim=-1, keepdim=True)
-            noisy = _stream(out) + change * (length / change.norm(dim=-1, keepdim=True))
+            length = (out - hidden).norm(dim=-1, keepdim=True)
+            noisy = out + change * (length / change.norm(dim=-1, keepdim=True))
             for stem, stream in (("", hidden), ("noise_", noisy)):
-                with _resumed(lm, record, layer, stream):
+                with resumed(lm, layer + 1, stream):
                     changed = lm(tokens, mask).logits
                 assert changed is not None
-                kl, loss = _row_sums(plain, changed, tokens, mask)
+                kl, loss = _row_sums(acts["logits"], changed, tokens, mask)
                 found[f"{stem}kl"].append(kl)
                 found[f"{stem}loss"].append(loss)
         parts.append(
@@ -250,54 +251,6 @@ def derangement(n: int, *, seed: int = 0) -> Int[Tensor, " n"]:
             return order
 
 
-@contextmanager
-def _rewired(forwards: Mapping[int, Forward], lm: LanguageModel) -> Iterator[None]:
-    """Have places run other functions than their blocks' own. Hooks, and so sites, stay with the places."""
-    blocks = lm.structure.blocks
-    before = {place: blocks[place].__dict__.get("forward") for place in forwards}
-    try:
-        for place, forward in forwards.items():
-            blocks[place].forward = forward
-        yield
-    finally:
-        for place, forward in before.items():
-            if forward is None:
-                del blocks[place].forward
-            else:
-                blocks[place].forward = forward
-
-
-@contextmanager
-def _recorded(lm: LanguageModel) -> Iterator[dict[int, tuple[Tensor, Any]]]:
-    """Keep what each block was given and what it returned."""
-    record: dict[int, tuple[Tensor, Any]] = {}
-
-    def around(place: int, forward: Forward) -> Forward:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            hidden = _given(args, kwargs).clone()
-            out = forward(*args, **kwargs)
-            record[place] = (hidden, _with_stream(out, _stream(out).clone()))
-            return out
-
-        return call
-
-    with _rewired({place: around(place, block.forward) for place, block in enumerate(lm.structure.blocks)}, lm):
-        yield record
-
-
-@contextmanager
-def _resumed(lm: LanguageModel, record: dict[int, tuple[Tensor, Any]], layer: int, stream: Tensor) -> Iterator[None]:
-    """Skip the blocks up to `layer`, after which the stream is `stream`; those before it return what was recorded."""
-
-    def returning(out: Any) -> Forward:
-        return lambda *args, **kwargs: out
-
-    forwards = {place: returning(record[place][1]) for place in range(layer)}
-    forwards[layer] = returning(_with_stream(record[layer][1], stream.clone()))
-    with _rewired(forwards, lm):
-        yield
-
-
 def _without_memory(forward: Forward, lm: LanguageModel, block: int) -> Forward:
     """A block that also runs elsewhere: two runs would write into one memory."""
 
@@ -311,18 +264,6 @@ def _without_memory(forward: Forward, lm: LanguageModel, block: int) -> Forward:
         return forward(*args, **kwargs)
 
     return call
-
-
-def _given(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _stream(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple | list) else out
-
-
-def _with_stream(out: Any, stream: Tensor) -> Any:
-    return type(out)((stream, *out[1:])) if isinstance(out, tuple | list) else stream
 
 
 def _numbers(lm: LanguageModel, layers: Iterable[int]) -> list[int]:
