@@ -6,9 +6,10 @@ from families import tiny, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sonde.concepts.contrast import Contrast, common_norm, contrast, cosines, like_lengths
+from sonde.concepts.contrast import Contrast, common_norm, contrast, cosines
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
+from sonde.lm.prompt_rows import like_lengths
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sonde.concepts.affine import AffineEdit
-from sonde.concepts.contrast import PLAIN, Prompts, contrast, like_lengths, prompt_ids
+from sonde.concepts.contrast import PLAIN, contrast
 from sonde.concepts.judges import log_odds
 from sonde.concepts.site_edits import SiteEdits
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
+from sonde.lm.prompt_rows import Prompts, like_lengths, prompt_ids
 
 KL_LIMIT, INDUCE_LIMIT, DEPTH_LIMIT = 0.1, 0.0, 0.8
 _FEW = 4  # prompts of the first look

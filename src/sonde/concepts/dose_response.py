@@ -17,11 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sonde.concepts.affine import AffineEdit
-from sonde.concepts.contrast import contrast, like_lengths, prompt_ids
+from sonde.concepts.contrast import contrast
 from sonde.concepts.site_edits import SiteEdits
 from sonde.errors import SondeError
 from sonde.lm.continuation import continuation
 from sonde.lm.model import LanguageModel
+from sonde.lm.prompt_rows import like_lengths, prompt_ids
 
 _ROWS = 256
 _FEWEST = 4

@@ -18,10 +18,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sonde.concepts.affine import AffineEdit
-from sonde.concepts.contrast import PLAIN, like_lengths, prompt_ids
+from sonde.concepts.contrast import PLAIN
 from sonde.concepts.judges import log_odds
 from sonde.concepts.site_edits import SiteEdits, Where
 from sonde.errors import SondeError
+from sonde.lm.prompt_rows import like_lengths, prompt_ids
 from sonde.stats.moments import Moments
 from sonde.stats.solve import solve_spd
 

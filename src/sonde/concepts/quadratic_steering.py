@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sonde.concepts.contrast import PLAIN, at_position, prompt_ids
+from sonde.concepts.contrast import PLAIN
 from sonde.concepts.quadratic import QuadraticEditor
 from sonde.concepts.site_edits import SiteEdits, Where
 from sonde.errors import SondeError
+from sonde.lm.prompt_rows import at_position, prompt_ids
 from sonde.stats.solve import solve_spd
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sonde.concepts.contrast import at_position
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
+from sonde.lm.prompt_rows import at_position
 from sonde.stats.intervals import Interval, bootstrap
 from sonde.stats.ranks import auroc
 

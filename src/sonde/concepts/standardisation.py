@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sonde.concepts.contrast import Prompts, prompt_ids
 from sonde.concepts.judges import Judge
 from sonde.concepts.site_edits import SiteEdits
 from sonde.concepts.strength_sweep import first_token_sweep, neutral_sweep, reply_sweep
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
+from sonde.lm.prompt_rows import Prompts, prompt_ids
 from sonde.stats.intervals import Interval, bootstrap, bootstrap_mean
 
 LOSS_LIMIT = 0.5  # nats per token

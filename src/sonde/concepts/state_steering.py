@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sonde.concepts.contrast import Contrast, Prompts, like_lengths, prompt_ids
+from sonde.concepts.contrast import Contrast
 from sonde.errors import SondeError
 from sonde.files import replacing, write_json
 from sonde.lm.continuation import continuation
 from sonde.lm.generation import left_padded
 from sonde.lm.model import LanguageModel, Past
+from sonde.lm.prompt_rows import Prompts, like_lengths, prompt_ids
 from sonde.lm.state_algebra import State, Strength, moved, on_heads, states
 
 FORMAT = "sonde state contrast 1"

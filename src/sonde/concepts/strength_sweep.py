@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sonde.concepts.contrast import Prompts, like_lengths, prompt_ids
 from sonde.concepts.judges import probability
 from sonde.concepts.site_edits import SiteEdits
 from sonde.errors import SondeError
 from sonde.lm.continuation import continuation
 from sonde.lm.generation import left_padded
 from sonde.lm.model import LanguageModel, Past
+from sonde.lm.prompt_rows import Prompts, like_lengths, prompt_ids
 
 _ROWS = 256
 _LOGITS = 1 << 26  # numbers of logits at once
