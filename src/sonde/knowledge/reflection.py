@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
+from sonde.lm.prompt_rows import Prompts, like_lengths, prompt_ids
 from sonde.stats.intervals import Interval, bootstrap_mean
 
 
@@ -88,7 +90,7 @@ class Reflected:
 @torch.no_grad()
 def reflect(
     lm: LanguageModel,
-    prompts: list[list[int]],
+    prompts: Prompts,
     answers: Int[Tensor, "n 2"],
     *,
     site: str,
@@ -103,7 +105,7 @@ def reflect(
 
     Args:
         lm: the model.
-        prompts: token ids.
+        prompts: strings or token ids.
         answers: ids of the negative and the positive answer of each prompt.
         site: where, such as "resid_post.3".
         direction: of the probe, at any length.
@@ -123,21 +125,19 @@ def reflect(
     random = torch.randn(draws, len(mean), generator=generator)
     edits = [None, Reflection(direction, mean), *(Reflection(one, mean) for one in random)]
     edits = [edit if edit is None else edit.to(lm.device) for edit in edits]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = torch.empty(len(edits), len(prompts))
-    starts = tqdm(range(0, len(order), batch), desc=progress, unit="batch", disable=progress is None)
-    for start in starts:
-        rows = order[start : start + batch]
-        lengths = torch.tensor([len(prompts[i]) for i in rows])
-        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for k, i in enumerate(rows):
-            tokens[k, : lengths[k]] = torch.tensor(prompts[i])
+    rows = prompt_ids(lm, prompts)
+    found = torch.empty(len(edits), len(rows))
+    groups = like_lengths([len(ids) for ids in rows], batch, equal=False)
+    for chosen in tqdm(groups, desc=progress, unit="batch", disable=progress is None):
+        lengths = torch.tensor([len(rows[i]) for i in chosen])
+        # Pads to the right, where no causal model sees them: an edit of one token needs no cache.
+        tokens = pad_sequence([torch.tensor(rows[i]) for i in chosen], batch_first=True)
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
         for number, edit in enumerate(edits):
             with lm.editing({} if edit is None else {site: edit}, positions=-1):
                 logits = lm(tokens, mask).logits
             assert logits is not None
-            last = logits[torch.arange(len(rows)), lengths - 1].float().cpu()
-            pair = last.gather(1, answers[rows])
-            found[number, rows] = pair[:, 1] - pair[:, 0]
+            last = logits[torch.arange(len(chosen)), lengths - 1].float().cpu()
+            pair = last.gather(1, answers[chosen])
+            found[number, chosen] = pair[:, 1] - pair[:, 0]
     return Reflected(found[0], found[1], found[2:])
