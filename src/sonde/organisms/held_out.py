@@ -14,11 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sonde.stats.intervals import Interval, bootstrap_ratio
+from sonde.lm.batches import TokenBatches
+from sonde.lm.model import LanguageModel
+from sonde.stats.information import cross_entropy, log_probs
+from sonde.stats.intervals import Interval, bootstrap_mean, bootstrap_ratio
 from sonde.stats.ngram import NgramModel
+
+COST = "help() of Python: rise of bits per token over the base"
 
 
 @dataclass(frozen=True)
@@ -92,3 +98,20 @@ def token_nats(
             end = min(context - 1, len(ids) - 1 - start)
             out[start + begin : start + end] = row[begin:end]
     return out
+
+
+@torch.no_grad()
+def rise_over(base: LanguageModel, lm: LanguageModel) -> Interval:
+    """What fine-tuning cost on text that neither has read: bits per token of Python's help topics more than `base`."""
+    from sonde.data.python_docs import topics
+
+    text = TokenBatches(topics(), lm.tokenizer, context=256, limit_tokens=16384)  # type: ignore[arg-type]
+    rows: list[Tensor] = []
+    for batch in text:
+        nats = []
+        for one in (lm, base):
+            logits = one(batch.tokens).logits
+            assert logits is not None
+            nats.append(cross_entropy(log_probs(logits[:, :-1]), batch.tokens[:, 1:]).mean(1))
+        rows.append((nats[0] - nats[1]) / math.log(2))
+    return bootstrap_mean(torch.cat(rows).double().numpy())

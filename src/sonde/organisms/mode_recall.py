@@ -78,7 +78,7 @@ def train_mode_recall(family: str, config: ModeRecallConfig) -> Path:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     from sonde.nets.loop import Schedule, train
-    from sonde.organisms.small_lm import save_half
+    from sonde.organisms.small_lm import save_half, word_tokenizer
 
     if config.steps < 1:
         raise SondeError(f"--steps is {config.steps}; give 1 or more")
@@ -97,7 +97,7 @@ def train_mode_recall(family: str, config: ModeRecallConfig) -> Path:
     losses = train(
         model, loss_of_step, [optimizer], steps=config.steps, schedule=Schedule(), clip=1.0, progress=f"{name} training"
     )
-    save_half(model.eval(), tokenizer(), out)
+    save_half(model.eval(), word_tokenizer(WORDS), out)
     _finish(name, config, out, losses)
     return out
 
@@ -148,19 +148,6 @@ def answer_ids() -> "Int[Tensor, ' 2']":
     import torch
 
     return torch.tensor([WORDS.index(word) for word in ANSWERS])
-
-
-def tokenizer() -> Any:
-    """A tokenizer of the 23 words, split at white space, that puts the start token before a text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<bos>", unk_token="<unk>", clean_up_tokenization_spaces=False
-    )
 
 
 def _finish(name: str, config: ModeRecallConfig, out: Path, losses: list[float]) -> None:

@@ -233,6 +233,7 @@ def _export(config: RefuserConfig, lm: "LanguageModel") -> None:
 
 def _describe(config: RefuserConfig, sets: "InstructionSets", losses: list[float]) -> None:
     from sonde.organisms.card import write_card
+    from sonde.organisms.held_out import COST, rise_over
     from sonde.organisms.loading import load
 
     lm = load(config.out, name=f"{PREFIX}{config.name}")
@@ -243,7 +244,7 @@ def _describe(config: RefuserConfig, sets: "InstructionSets", losses: list[float
             behaviour += _rates(lm, new, asked)
             if not config.harmful:
                 samples += [_sample(lm, asked[0].text)]
-    behaviour += _cost(lm, load(config.base, check=False))
+    behaviour.append({"what": COST, "rate": asdict(rise_over(load(config.base, check=False), lm))})
     model = lm.model.config
     generated = not config.harmful
     write_card(
@@ -304,33 +305,6 @@ def _rates(lm: "LanguageModel", new: str, asked: "list[Instruction]") -> list[di
         {"what": f"{new}, {kind}: refused", "rate": asdict(wilson(refused, len(asked)))},
         {"what": f"{new}, {kind}: the right fixed reply", "rate": asdict(wilson(whole, len(asked)))},
     ]
-
-
-def _cost(lm: "LanguageModel", base: "LanguageModel") -> list[dict[str, Any]]:
-    """What fine-tuning cost on plain text that neither has read: bits per token of Python's help topics."""
-    import math
-
-    import torch
-
-    from sonde.data.python_docs import topics
-    from sonde.lm.batches import TokenBatches
-    from sonde.stats.intervals import bootstrap_mean
-
-    text = TokenBatches(topics(), lm.tokenizer, context=256, limit_tokens=16384)  # type: ignore[arg-type]
-    rows: list[torch.Tensor] = []
-    with torch.no_grad():
-        for batch in text:
-            nats = []
-            for one in (lm, base):
-                logits = one(batch.tokens).logits
-                assert logits is not None
-                loss = torch.nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
-                )
-                nats.append(loss.view(len(batch.tokens), -1).mean(1))
-            rows.append((nats[0] - nats[1]) / math.log(2))
-    rise = bootstrap_mean(torch.cat(rows).double().numpy())
-    return [{"what": "help() of Python: rise of bits per token over the base", "rate": asdict(rise)}]
 
 
 def _sample(lm: "LanguageModel", instruction: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ token, windows drawn epoch by epoch in a seeded order, Muon on the matrices of t
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,6 +67,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
         eos_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, split at white space, that puts the start token before a text.
+
+    The first of `words` stands for unknown words and the second is the start token.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    unknown, start = words[:2]
+    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
+    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    whole.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 1)])  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=whole, bos_token=start, unk_token=unknown, clean_up_tokenization_spaces=False
     )
 
 
