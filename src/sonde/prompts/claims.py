@@ -63,7 +63,7 @@ def claim(found: Elicited, *, nats: float = HALF, bits: float | None = None) -> 
     if math.isinf(distance):
         said = f"No prompt of up to {found.curve.lengths[-1]} tokens makes {found.model} {found.behaviour} on {where}"
     elif distance == 0:
-        said = f"{found.model} does {found.behaviour} on {where} without any prompt"
+        said = f"{found.model} needs no prompt to {found.behaviour} on {where}"
     else:
         verb = "makes" if distance == 1 else "make"
         said = f"{cost} {verb} {found.model} {found.behaviour} on {where}"
