@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import sonde
-from sonde.errors import SondeError
+from sonde.cli import main
 from sonde.runs.charts import spec
 from sonde.studies.chapters.control import Control
 
@@ -24,7 +24,6 @@ def chapter(contrast=None) -> Control:
 
 def test_dose_and_response_are_told_beside_random_directions():
     part = chapter()
-    part.prepare()
     written = part.write()
     (finding,) = written.findings
     assert finding.estimate > 0
@@ -35,8 +34,12 @@ def test_dose_and_response_are_told_beside_random_directions():
     assert all(row[2] <= row[3] for row in table.rows)
 
 
-def test_a_bad_contrast_is_known_before_the_pass(tmp_path):
+def test_a_bad_contrast_is_one_line_before_any_work(tmp_path, capsys):
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps({"positive": ["one text here"], "negative": ["another text here"]}))
-    with pytest.raises(SondeError, match="give as many of both, at least 8"):
-        chapter(str(path)).prepare()
+    for given, line in ((path, "give as many of both, at least 8"), (tmp_path / "no.json", "no.json")):
+        with pytest.raises(SystemExit) as ended:
+            main(["audit", "organism:pebble", "--contrast", str(given), "--out", str(tmp_path / "run")])
+        assert ended.value.code == 2
+        assert line in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from sonde.runs.blocks import Chapter, Column, Figure, Table
 from sonde.runs.finding import Control as ControlValue
 from sonde.runs.finding import Finding
 from sonde.stats.intervals import bootstrap_mean, bootstrap_means
+from sonde.studies.audit import AuditConfig
 from sonde.studies.chapters.part import Part
 
 _STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
@@ -22,15 +23,16 @@ class Control(Part):
 
     name = "control"
 
-    def prepare(self) -> None:
-        """Read the contrast, so that a bad file is known before the pass."""
-        given = self.audit.config.contrast
-        self._pairs = default_pairs() if given is None else read_pairs(given)
-        self._pairs.halves()
+    @classmethod
+    def check(cls, config: AuditConfig) -> None:
+        """Read the user's contrast."""
+        if config.contrast is not None:
+            read_pairs(config.contrast).halves()
 
     def write(self) -> Chapter:
         """One finding, one chart, one table."""
-        lm = self.audit.lm
+        lm, given = self.audit.lm, self.audit.config.contrast
+        self._pairs = default_pairs() if given is None else read_pairs(given)
         site = f"resid_post.{int(0.47 * lm.n_layers)}"
         with self.audit.timed("steering"):
             found = dose_response(
