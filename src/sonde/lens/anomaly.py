@@ -26,8 +26,11 @@ from torch import Tensor
 from sonde.errors import SondeError
 from sonde.files import load_bundle, save_bundle, write_json
 from sonde.lens.choices import ChoiceScores
+from sonde.stats.gaussian_novelty import Gaussian, Mahalanobis
 from sonde.stats.intervals import Interval
-from sonde.stats.moments import Moments
+from sonde.stats.layered_rows import Novelty, layered
+from sonde.stats.local_outliers import LocalOutlierFactor
+from sonde.stats.novelty import IsolationForest, OneClassSVM
 from sonde.stats.ranks import auroc
 
 Kind = Literal["lof", "isolation-forest", "one-class-svm"]
@@ -59,7 +62,7 @@ def features(scores: ChoiceScores) -> Float[np.ndarray, "n features"]:
 
 
 class Detector:
-    """A detector of scikit-learn on trajectories: `Detector("lof").fit(normal).score(others)`, larger is stranger.
+    """A detector on trajectories: `Detector("lof").fit(normal).score(others)`, larger is stranger.
 
     `fit` raises `SondeError` for fewer normal rows than neighbours need and for values that are not finite, `score` for
     another number of features and before `fit`.
@@ -89,17 +92,14 @@ class Detector:
                 f"give at least {self.neighbors + 1}, or fewer neighbours"
             )
         self.normal_ = rows
-        self._model = self._estimator().fit(rows)
+        self._model = self._novelty().fit(rows)
         return self
 
     def score(self, x: ArrayLike | Tensor) -> Float[np.ndarray, " n"]:
         """Strangeness of each row of `x [n, features]`."""
         if self.normal_ is None:
             raise SondeError("this detector has seen no normal questions: call fit first")
-        rows = _matrix(x)
-        if rows.shape[1] != self.normal_.shape[1]:
-            raise SondeError(f"rows of {rows.shape[1]} features for a detector fitted on {self.normal_.shape[1]}")
-        return -self._model.score_samples(rows)
+        return self._model.score(_matrix(x))
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and the normal rows as `normal.safetensors`; `load` fits the same detector again."""
@@ -119,19 +119,10 @@ class Detector:
             raise SondeError(f"{folder} is not the folder of a detector: {error}") from error
         return made.fit(load_bundle(Path(folder) / "normal.safetensors")["normal"])
 
-    def _estimator(self) -> Any:
-        # each takes a second to import, and a process uses one or two
+    def _novelty(self) -> Novelty:
         if self.kind == "lof":
-            from sklearn.neighbors import LocalOutlierFactor
-
-            return LocalOutlierFactor(n_neighbors=self.neighbors, novelty=True)
-        if self.kind == "isolation-forest":
-            from sklearn.ensemble import IsolationForest
-
-            return IsolationForest(random_state=self.seed)
-        from sklearn.svm import OneClassSVM
-
-        return OneClassSVM(gamma="scale")
+            return LocalOutlierFactor(self.neighbors)
+        return IsolationForest(seed=self.seed) if self.kind == "isolation-forest" else OneClassSVM()
 
 
 class SRM:
@@ -141,44 +132,41 @@ class SRM:
     """
 
     def __init__(self) -> None:
-        self.mean_: Float[Tensor, " d_model"] | None = None
+        self._distance = Mahalanobis(relative=True, rcond=0.0, ridge=_REGULARISER)
 
     def fit(self, x: ArrayLike | Tensor) -> "SRM":
         """Mean and covariance of normal states. Raises `SondeError` for fewer than two rows or values not finite."""
-        rows = torch.from_numpy(_matrix(x))
+        rows = _matrix(x)
         if len(rows) < 2:
             raise SondeError(f"{len(rows)} normal question has no covariance: give at least 2")
-        moments = Moments(rows.shape[1]).update(rows)
-        covariance = moments.covariance + _REGULARISER * torch.eye(rows.shape[1], dtype=torch.float64)
-        self.mean_, self.precision_ = (
-            moments.mean,
-            torch.cholesky_inverse(torch.linalg.cholesky(covariance)).contiguous(),
-        )
-        self.variance_ = covariance.diagonal()
+        self._distance.fit(rows)
         return self
 
     def score(self, x: ArrayLike | Tensor) -> Float[np.ndarray, " n"]:
         """Mahalanobis² less diagonal Mahalanobis² of each row of `x [n, d_model]`."""
-        if self.mean_ is None:
-            raise SondeError("SRM has seen no normal states: call fit first")
-        rows = torch.from_numpy(_matrix(x))
-        if rows.shape[1] != len(self.mean_):
-            raise SondeError(f"states of width {rows.shape[1]} for an SRM of width {len(self.mean_)}")
-        off = rows - self.mean_
-        return (((off @ self.precision_) - off / self.variance_) * off).sum(-1).numpy()
+        width, rows = self._fitted(), _matrix(x)
+        if rows.shape[1] != width:
+            raise SondeError(f"states of width {rows.shape[1]} for an SRM of width {width}")
+        return self._distance.score(rows)
 
     def save(self, path: str | Path) -> None:
         """Write mean and covariance to one safetensors file."""
-        if self.mean_ is None:
-            raise SondeError("SRM has seen no normal states: call fit first")
-        save_bundle(path, {"mean": self.mean_, "precision": self.precision_, "variance": self.variance_})
+        self._fitted()
+        made = self._distance.gaussian_
+        save_bundle(path, {"mean": made.mean, "covariance": made.covariance})
 
     @staticmethod
     def load(path: str | Path) -> "SRM":
         """Read what `save` wrote."""
         tree, made = load_bundle(path), SRM()
-        made.mean_, made.precision_, made.variance_ = (tree[name] for name in ("mean", "precision", "variance"))
+        made._distance.gaussian_ = Gaussian.with_moments(tree["mean"], tree["covariance"], rcond=0.0)
+        made._distance.shape_ = (1, tree["mean"].shape[1])
         return made
+
+    def _fitted(self) -> int:
+        if self._distance.shape_ is None:
+            raise SondeError("SRM has seen no normal states: call fit first")
+        return self._distance.shape_[1]
 
 
 @dataclass(frozen=True)
@@ -278,9 +266,7 @@ def _quantiles(drawn: Sequence[Float[np.ndarray, " draws"]], n: int) -> Interval
 
 
 def _matrix(x: ArrayLike | Tensor, *, least: int = 1) -> Float[np.ndarray, "n features"]:
-    rows = x.detach().cpu().double().numpy() if isinstance(x, Tensor) else np.asarray(x, dtype=np.float64)
-    if rows.ndim != 2 or len(rows) < least or (len(rows) and not rows.shape[1]):
-        raise SondeError(f"features are a matrix with a row for each question, not of shape {rows.shape}")
-    if not np.isfinite(rows).all():
-        raise SondeError(f"{np.size(rows) - np.isfinite(rows).sum()} of {rows.size} features are not finite")
-    return rows
+    rows = layered(x, least=least)
+    if np.ndim(x) != 2:
+        raise SondeError(f"features are a matrix with a row for each question, not of shape {tuple(np.shape(x))}")
+    return rows[0].numpy()
