@@ -126,6 +126,7 @@ def reflect(
     edits = [None, Reflection(direction, mean), *(Reflection(one, mean) for one in random)]
     edits = [edit if edit is None else edit.to(lm.device) for edit in edits]
     rows = prompt_ids(lm, prompts)
+    deepest = f"resid_post.{lm.n_layers - 1}"
     found = torch.empty(len(edits), len(rows))
     groups = like_lengths([len(ids) for ids in rows], batch, equal=False)
     for chosen in tqdm(groups, desc=progress, unit="batch", disable=progress is None):
@@ -134,10 +135,10 @@ def reflect(
         tokens = pad_sequence([torch.tensor(rows[i]) for i in chosen], batch_first=True)
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
         for number, edit in enumerate(edits):
-            with lm.editing({} if edit is None else {site: edit}, positions=-1):
-                logits = lm(tokens, mask).logits
-            assert logits is not None
-            last = logits[torch.arange(len(chosen)), lengths - 1].float().cpu()
+            with lm.editing({} if edit is None else {site: edit}, positions=-1), lm.reading(deepest) as acts:
+                lm(tokens, mask)
+            ends = acts[deepest][torch.arange(len(chosen)), lengths - 1]
+            last = lm.unembed(ends).float().cpu()
             pair = last.gather(1, answers[chosen])
             found[number, chosen] = pair[:, 1] - pair[:, 0]
     return Reflected(found[0], found[1], found[2:])
