@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from sonde.errors import SondeError
@@ -32,7 +32,7 @@ class ScoredRows:
 
     scores: Float[np.ndarray, " n"]
     truth: Bool[np.ndarray, " n"]
-    bases: Shaped[np.ndarray, " n"]
+    bases: Int[np.ndarray, " n"]
 
     def __post_init__(self) -> None:
         if not len(self.scores) == len(self.truth) == len(self.bases):
@@ -72,27 +72,22 @@ def recovered_gap_interval(
     """
     if not models:
         raise SondeError("no models: a recovered gap needs at least one")
-    rng = np.random.default_rng(seed)
-    found: list[Float[np.ndarray, "3 draws"]] = []
-    units = 0
-    for three in models:
-        names = np.unique(np.concatenate([one.bases for one in three]))
-        units += len(names)
-        counts = np.concatenate(
-            [
-                np.ones((1, len(names)), dtype=np.int64),
-                rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws),
-            ]
-        )
-        found.append(np.stack([weighted_auroc(one, counts[:, np.searchsorted(names, one.bases)]) for one in three]))
-    top, low, high = np.mean(found, axis=0)
+    top, low, high = _draws(models, draws, seed)
     _require_gap(low[0], high[0])
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (top - low) / (high - low)
-    defined = ratios[1:][np.isfinite(ratios[1:])]
-    tails = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    estimate = float(ratios[0])
-    return Interval(estimate, min(float(tails[0]), estimate), max(float(tails[1]), estimate), units, level)
+    return _interval(ratios, _units(models), level)
+
+
+def mean_auroc(models: Sequence[ScoredRows], *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+    """AUROC, averaged over models, with a bootstrap interval over the base rows of each.
+
+    Raises `SondeError` for no models.
+    """
+    if not models:
+        raise SondeError("no models: an AUROC needs at least one")
+    three = [(one,) for one in models]
+    return _interval(_draws(three, draws, seed)[0], _units(three), level)
 
 
 def weighted_auroc(rows: ScoredRows, counts: Int[np.ndarray, "draws n"]) -> Float[np.ndarray, " draws"]:
@@ -107,6 +102,31 @@ def weighted_auroc(rows: ScoredRows, counts: Int[np.ndarray, "draws n"]) -> Floa
     below = negative.cumsum(1) - negative / 2
     with np.errstate(invalid="ignore"):
         return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+
+
+def _draws(models: Sequence[Sequence[ScoredRows]], draws: int, seed: int) -> Float[np.ndarray, "k draws"]:
+    """AUROCs of the rows as they are and of `draws` resamples of their base rows, averaged over models."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for parts in models:
+        names = np.unique(np.concatenate([one.bases for one in parts]))
+        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+        counts = np.concatenate([np.ones((1, len(names)), dtype=np.int64), drawn])
+        found.append(np.stack([weighted_auroc(one, counts[:, np.searchsorted(names, one.bases)]) for one in parts]))
+    return np.mean(found, axis=0)
+
+
+def _interval(values: Float[np.ndarray, " draws"], units: int, level: float) -> Interval:
+    """Percentiles of all but the first value, which is the estimate; resamples without a class are left out."""
+    defined = values[1:][np.isfinite(values[1:])]
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else (values[0], values[0])
+    return Interval(
+        float(values[0]), min(float(low), float(values[0])), max(float(high), float(values[0])), units, level
+    )
+
+
+def _units(models: Sequence[Sequence[ScoredRows]]) -> int:
+    return sum(len(np.unique(np.concatenate([one.bases for one in parts]))) for parts in models)
 
 
 def _require_gap(floor: float, ceiling: float) -> None:
