@@ -240,7 +240,7 @@ def quirky_sets(
 
     Args:
         quirk: a name (see `sonde.data.quirky_catalogue.QUIRKS`) or a `Quirk` of your own.
-        n: base rows, or units where rows share one; in arithmetic rounded down to a multiple of 4, so that the cells are
+        n: base rows, or units where rows share one; in arithmetic rounded down to a multiple of 4: the cells are
             exact. By default the quirk's own size, or all of the source.
         mode: "single" uses the first template, "mixture" a random one for each base row, "standardised" one fixed
             question about the statement after a random context.

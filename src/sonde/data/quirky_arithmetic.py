@@ -1,10 +1,10 @@
 """Sums that are right, as Bob has them, or wrong: rows of five arithmetic quirks, and of the comparison of two numbers.
 
-Operands are int(10^(d U)), U uniform, d digits at most. Bob's result is the true one with its leading digit raised by
-one: r + 10^(digits - 1), away from zero where r is negative. Of every four rows one states the true result (true for
-Alice, false for Bob), one Bob's (false, true), and two a distractor (false, false): one random digit of the true result
-in the one, of Bob's in the other, drawn again until both are missed. An operand pair, in either order where the order
-does not matter, occurs once in a set, so it is in one split only.
+Operands are int(b^U), U uniform, below a bound b such as 10,000. Bob's result is the true one with its leading digit
+raised by one: r + 10^(digits - 1), away from zero where r is negative. Of every four rows one states the true result
+(true for Alice, false for Bob), one Bob's (false, true), and two a distractor (false, false): one random digit of the
+true result in the one, of Bob's in the other, drawn again until both are missed. An operand pair, in either order where
+the order does not matter, occurs once in a set, so it is in one split only.
 """
 
 import warnings
@@ -19,7 +19,13 @@ from sonde.errors import SondeError
 MODULUS = 113
 _ROUNDS = 64  # of drawing, before a domain counts as used up
 
-_DIGITS = {"addition": 4, "subtraction": 4, "multiplication": 3, "modular-addition": 4, "squaring": 5}
+_BELOW = {
+    "addition": 10**4,
+    "subtraction": 10**4,
+    "multiplication": 10**3,
+    "modular-addition": 10**4,
+    "squaring": 10**5,
+}
 _RESULT: dict[str, Callable[[int, int], int]] = {
     "addition": lambda a, b: a + b,
     "subtraction": lambda a, b: a - b,
@@ -29,16 +35,16 @@ _RESULT: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def arithmetic(operation: str, *, digits: int | None = None) -> Quirk:
-    """The quirk of an operation on operands of at most `digits` digits: by default 4, multiplication 3, squaring 5.
+def arithmetic(operation: str, *, below: int | None = None) -> Quirk:
+    """The quirk of an operation on operands below 10,000 (multiplication 1,000, squaring 100,000), or another bound.
 
-    Difficulty is the smaller operand's size. Raises `SondeError` for an unknown operation and fewer than one digit.
+    Difficulty is the smaller operand's size. Raises `SondeError` for an unknown operation and a bound below 2.
     """
     if operation not in _RESULT:
         raise SondeError(f"there is no arithmetic set {operation!r}: choose from {', '.join(_RESULT)}")
-    digits = _DIGITS[operation] if digits is None else digits
-    if not 1 <= digits <= 9:
-        raise SondeError(f"operands of {digits} digits: expected 1 to 9")
+    bound = _BELOW[operation] if below is None else below
+    if not 2 <= bound <= 10**9:
+        raise SondeError(f"operands below {bound}: expected a bound from 2 to 1,000,000,000")
 
     def truth(row: Row) -> bool:
         return row["result"] == _RESULT[operation](row["op1"], row.get("op2", 0))
@@ -53,7 +59,7 @@ def arithmetic(operation: str, *, digits: int | None = None) -> Quirk:
         difficulty=lambda row: min(abs(row["op1"]), abs(row.get("op2", row["op1"]))),
         templates=templates(operation),
         statement=statement(operation),
-        rows=lambda n, seed: _rows(operation, digits, n, seed),
+        rows=lambda n, seed: _rows(operation, bound, n, seed),
         unit=lambda row: _pair(operation, row["op1"], row.get("op2", 0)),
     )
 
@@ -97,13 +103,13 @@ def _pair(operation: str, a: int, b: int) -> tuple[int, int]:
     return (a, b) if operation in ("subtraction", "squaring") or a <= b else (b, a)
 
 
-def _rows(operation: str, digits: int, n: int, seed: int) -> list[Row]:
+def _rows(operation: str, below: int, n: int, seed: int) -> list[Row]:
     rng = np.random.default_rng(seed)
-    pairs = _operands(operation, digits, n - n % 4, rng)
+    pairs = _operands(operation, below, n - n % 4, rng)
     if len(pairs) < n - n % 4:
         pairs = pairs[: len(pairs) - len(pairs) % 4]
         warnings.warn(
-            f"{n} base rows of {operation} asked for: operands of {digits} digits give {len(pairs)}, all are used",
+            f"{n} base rows of {operation} asked for: operands below {below} give {len(pairs)}, all are used",
             stacklevel=5,
         )
     rows: list[Row] = []
@@ -116,11 +122,11 @@ def _rows(operation: str, digits: int, n: int, seed: int) -> list[Row]:
     return rows
 
 
-def _operands(operation: str, digits: int, n: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+def _operands(operation: str, below: int, n: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Up to `n` different pairs in the order in which they were drawn; fewer where new ones hardly come."""
     found: dict[tuple[int, int], tuple[int, int]] = {}
     for _ in range(_ROUNDS):
-        drawn = (10 ** (rng.random((2 * n, 2)) * digits)).astype(np.int64)
+        drawn = (below ** rng.random((2 * n, 2))).astype(np.int64)
         if operation == "squaring":
             drawn[:, 1] = 0
         for a, b in drawn.tolist():

@@ -14,9 +14,10 @@ from sonde.errors import SondeError
 class Template:
     """A prompt with fields in braces, `{character}` among them, and its two answers (negative, positive).
 
-    The answers begin with the space that stands before them; each has to be one token of the model that is asked, which
-    `sonde.lm.answers.answer_ids` checks. Raises `SondeError` for a text without the character, one that ends in white
-    space, and answers that are alike or lack the space.
+    The answers begin with the space that stands before them; each has to be one token of the model that is asked: what
+    reads them, `sonde.knowledge.states.extract` and `sonde.organisms.quirky_tuning`, refuses others and shows the
+    tokens. Raises `SondeError` for a text without the character, one that ends in white space, and answers that are
+    alike or lack the space.
     """
 
     text: str
