@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sonde.files import load_bundle, save_bundle
 from sonde.prompts.claims import Elicited, claim
-from sonde.prompts.curve import Curve
+from sonde.prompts.curve import Curve, Threshold
 
 LENGTHS = (0, 1, 4, 16)
 
@@ -35,12 +35,13 @@ def planted(losses, *, lengths=LENGTHS, rows=40, noise=0.0, restarts=1):
 
 def test_the_distance_is_the_first_length_at_the_threshold():
     curve = planted([9.0, 5.0, 0.5, 0.1])
-    assert curve.conditional_distance(nats=0.6) == 4
-    assert curve.conditional_distance(nats=9.0) == 0
-    assert math.isinf(curve.conditional_distance(nats=0.01))
-    assert curve.conditional_distance(success=0.95) == 4
-    with pytest.raises(ValueError, match="one threshold"):
-        curve.conditional_distance()
+    assert curve.conditional_distance(Threshold(nats=0.6)) == 4
+    assert curve.conditional_distance(Threshold(nats=9.0)) == 0
+    assert math.isinf(curve.conditional_distance(Threshold(nats=0.01)))
+    assert curve.conditional_distance(Threshold(success=0.95)) == 4
+    for both in ({}, {"nats": 1.0, "success": 0.5}):
+        with pytest.raises(ValueError, match="either of nats or of success"):
+            Threshold(**both)
 
 
 def test_saturation_follows_the_five_per_cent_rule():
@@ -52,7 +53,7 @@ def test_saturation_follows_the_five_per_cent_rule():
 @given(st.lists(st.floats(0.01, 20), min_size=4, max_size=4))
 def test_a_looser_threshold_never_takes_more_tokens(losses):
     curve = planted(losses)
-    distances = [curve.conditional_distance(nats=nats) for nats in (0.1, 1.0, 5.0, 20.0)]
+    distances = [curve.conditional_distance(Threshold(nats=nats)) for nats in (0.1, 1.0, 5.0, 20.0)]
     assert distances == sorted(distances, reverse=True)
     assert curve.loss(curve.saturation()).estimate <= max(losses) + 1e-9
 
@@ -68,10 +69,10 @@ def test_the_best_restart_is_the_one_that_validation_chose_not_the_one_that_test
 
 def test_the_interval_of_the_distance_holds_it_and_says_when_it_may_be_infinite():
     sure = planted([9.0, 5.0, 0.5, 0.1], noise=0.05)
-    assert sure.distance_interval(nats=0.7) == (4, 4)
+    assert sure.distance_interval(Threshold(nats=0.7)) == (4, 4)
     unsure = planted([9.0, 5.0, 1.0, 0.69], noise=1.0)
-    low, high = unsure.distance_interval(nats=0.7)
-    assert low <= unsure.conditional_distance(nats=0.7) <= high == math.inf
+    low, high = unsure.distance_interval(Threshold(nats=0.7))
+    assert low <= unsure.conditional_distance(Threshold(nats=0.7)) <= high == math.inf
 
 
 def test_rows_of_one_context_count_as_one_unit():
@@ -132,5 +133,5 @@ def test_fewer_tokens_than_the_control_model_and_than_random_strings_is_a_capabi
 )
 def test_what_a_control_does_as_well_shows_no_capability(curve, control, random, reason):
     curves = [planted(losses, noise=0.2) for losses in (curve, control)]
-    said = claim(elicited(*curves, planted(random, noise=0.2) if random else None))
+    said = claim(elicited(*curves, planted(random, noise=0.2) if random else None), Threshold(nats=math.log(2)))
     assert said.capability == "not shown" and reason in said.reason

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sonde.prompts.curve import HALF, Curve
+from sonde.prompts.curve import MOSTLY, Curve, Threshold
 
 WHY = (
     "One to ten trained tokens can force arbitrary strings out of a model (arXiv:2502.15836), so what they elicit may "
@@ -51,13 +51,13 @@ class Claim:
     reason: str = ""
 
 
-def claim(found: Elicited, *, nats: float = HALF, bits: float | None = None) -> Claim:
-    """One sentence on what it takes to make the model do it, at the threshold of `nats` of the whole target.
+def claim(found: Elicited, threshold: Threshold = MOSTLY, *, bits: float | None = None) -> Claim:
+    """One sentence on what it takes to make the model do it.
 
     `bits` are told beside the tokens. Present: C is below C of the control model, the two losses at C have intervals
     that do not meet, and random targets of that length cost more; all on unseen contexts.
     """
-    distance = found.curve.conditional_distance(nats=nats)
+    distance = found.curve.conditional_distance(threshold)
     cost = _tokens(distance, found.curve) + (f" ({bits:,.0f} bits)" if bits is not None else "")
     where = "unseen contexts" if found.held_out else "the contexts that they were trained on"
     if math.isinf(distance):
@@ -69,20 +69,20 @@ def claim(found: Elicited, *, nats: float = HALF, bits: float | None = None) -> 
         said = f"{cost} {verb} {found.model} {found.behaviour} on {where}"
     if found.control is None:
         return Claim("refused", said + ".", f"The word “capability” is refused: there is no control model. {WHY}")
-    other = found.control.conditional_distance(nats=nats)
+    other = found.control.conditional_distance(threshold)
     said += f"; the control model needs {_tokens(other, found.control)}"
     if found.random is not None:
-        strings = found.random.conditional_distance(nats=nats)
+        strings = found.random.conditional_distance(threshold)
         said += f", random targets of that length {_tokens(strings, found.random)}"
     said += "."
     if not found.held_out:
         return Claim("refused", said, "The word “capability” is refused: no context was held out from training.")
-    if reason := _doubt(found, distance, other, nats):
+    if reason := _doubt(found, distance, other, threshold):
         return Claim("not shown", said, reason)
     return Claim("present", said)
 
 
-def _doubt(found: Elicited, distance: float, other: float, nats: float) -> str:
+def _doubt(found: Elicited, distance: float, other: float, threshold: Threshold) -> str:
     """Why the curves do not show a capability; nothing if they do."""
     if math.isinf(distance):
         return "A prompt that is longer, placed elsewhere or trained for longer may still do it."
@@ -92,7 +92,7 @@ def _doubt(found: Elicited, distance: float, other: float, nats: float) -> str:
     n = int(distance)
     if found.curve.loss(n).high >= found.control.loss(n).low:
         return f"At {n} tokens the losses of the model and of the control model cannot be told apart."
-    if found.random is not None and found.random.conditional_distance(nats=nats) <= distance:
+    if found.random is not None and found.random.conditional_distance(threshold) <= distance:
         return "Random targets of the same length take no more: any string could be had at this price."
     return ""
 

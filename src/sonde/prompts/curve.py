@@ -2,8 +2,9 @@
 
 L*(n) is the loss on unseen contexts, in nats of the whole target, of the best of R trained prompts of n vectors; the
 best is chosen on validation contexts and reported on test contexts, and the same tokens are scored for every n, with
-n = 0 the bare model. Conditional distance C is the least n with L*(n) <= T (infinite if none is); saturation S the
-least n with L*(n) - min L* <= 0.05 (L*(0) - min L*). After Nordby, arXiv:2505.14943; the rule of 5 % is our own.
+n = 0 the bare model. Conditional distance C is the least n whose loss is at most T, or whose share of exact successes
+is at least T, and infinite if none is. Saturation S is the least n with L*(n) - min L* <= 0.05 (L*(0) - min L*). After
+Nordby, arXiv:2505.14943; the rule of 5 % is our own.
 """
 
 import math
@@ -14,12 +15,37 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from sonde.prompts.soft_prompt import SoftPrompt
 from sonde.stats.intervals import Interval, bootstrap_mean
 
 LENGTHS = (0, 1, 4, 16, 64)
-HALF = math.log(2.0)
-"""Nats of a target that is given half of the probability: the default threshold T."""
 _DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """When a prompt works: at a mean loss of the whole target of at most `nats`, or at a share of exact successes.
+
+    Raises `ValueError` unless exactly one of the two is given.
+    """
+
+    nats: float | None = None
+    success: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.nats is None) == (self.success is None):
+            raise ValueError("a threshold is either of nats or of success: give one of the two")
+
+    def reached(self, nats: Any, success: Any) -> Any:
+        """Whether means of loss and success (numbers or arrays) reach it."""
+        return success >= self.success if self.nats is None else nats <= self.nats
+
+    def __str__(self) -> str:
+        return f"exact on {self.success:.0%}" if self.nats is None else f"at most {self.nats:.3g} nats a target"
+
+
+MOSTLY = Threshold(success=0.5)
+"""The default: the target is written exactly on half of the contexts."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,11 @@ class Curve:
         """The restart with the least loss on validation contexts at length `n`."""
         return int(np.argmin(self.validation[self._at(n)]))
 
+    def prompt(self, n: int) -> SoftPrompt:
+        """The best prompt of length `n`."""
+        at, best = self._at(n), self.best(n)
+        return SoftPrompt(self.vectors[at][best], self.settings[at][best][0])
+
     def loss(self, n: int, *, per_token: bool = False) -> Interval:
         """L*(n): mean nats of the whole target (or of a token) under the best prompt of length `n`."""
         rows = self.nats[self._at(n), self.best(n)]
@@ -75,31 +106,29 @@ class Curve:
         """Median over restarts of the share of exact targets."""
         return float(np.median(self.success[self._at(n)].mean(-1)))
 
-    def conditional_distance(self, *, nats: float | None = None, success: float | None = None) -> float:
-        """C: the least length whose best prompt loses `nats` at most or succeeds on that share; infinite if none does.
-
-        Raises `ValueError` unless one of the two thresholds is given.
-        """
-        means, reached = self._means(nats, success)
-        return _first(self.lengths, reached(means))
+    def conditional_distance(self, threshold: Threshold = MOSTLY) -> float:
+        """C: the least length whose best prompt reaches the threshold; infinite if none does."""
+        nats, success = (rows.mean(1) for rows in self._best_rows())
+        return _first(self.lengths, threshold.reached(nats, success))
 
     def distance_interval(
-        self, *, nats: float | None = None, success: float | None = None, level: float = 0.95, seed: int = 0
+        self, threshold: Threshold = MOSTLY, *, level: float = 0.95, seed: int = 0
     ) -> tuple[float, float]:
         """How far C moves when contexts are resampled; an end may be infinite."""
-        rows, reached = self._means(nats, success, mean=False)
-        labels, counts = np.unique(self.groups, return_inverse=True)
-        sums = np.stack([np.bincount(counts, weights=row, minlength=len(labels)) for row in rows])
-        sizes = np.bincount(counts, minlength=len(labels)).astype(float)
+        labels, group = np.unique(self.groups, return_inverse=True)
+        sizes = np.bincount(group).astype(float)
         drawn = np.random.default_rng(seed).multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=_DRAWS)
-        resampled = (drawn @ sums.T) / (drawn @ sizes)[:, None]
-        found = np.sort([_first(self.lengths, reached(means)) for means in resampled])
+        means = [
+            drawn @ np.stack([np.bincount(group, weights=row) for row in rows]).T / (drawn @ sizes)[:, None]
+            for rows in self._best_rows()
+        ]
+        found = np.sort([_first(self.lengths, reached) for reached in threshold.reached(*means)])
         tail = (1 - level) / 2
         return float(found[int(tail * (_DRAWS - 1))]), float(found[math.ceil((1 - tail) * (_DRAWS - 1))])
 
     def saturation(self, share: float = 0.05) -> int:
         """S: the least length after which less than `share` of what prompting gains is still to be had."""
-        means, _ = self._means(HALF, None)
+        means = self._best_rows()[0].mean(1)
         left = means - means.min()
         return int(self.lengths[int(np.argmax(left <= share * max(left[0], 0.0)))])
 
@@ -140,14 +169,10 @@ class Curve:
             raise ValueError(f"the curve has no length {n}: it has {', '.join(map(str, self.lengths))}")
         return self.lengths.index(n)
 
-    def _means(self, nats: float | None, success: float | None, *, mean: bool = True) -> tuple[np.ndarray, Any]:
-        """Losses or successes of the best prompts, [lengths] or [lengths, rows], and the test of the threshold."""
-        if (nats is None) == (success is None):
-            raise ValueError("a conditional distance has one threshold: give nats or success")
-        values = self.nats if nats is not None else self.success.astype(float)
-        rows = np.stack([values[i, self.best(n)] for i, n in enumerate(self.lengths)])
-        found = rows.mean(1) if mean else rows
-        return found, (lambda means: means <= nats) if nats is not None else (lambda means: means >= success)
+    def _best_rows(self) -> tuple[Float[np.ndarray, "lengths rows"], Float[np.ndarray, "lengths rows"]]:
+        """Losses and successes of the best prompt of each length."""
+        best = [(i, self.best(n)) for i, n in enumerate(self.lengths)]
+        return np.stack([self.nats[at] for at in best]), np.stack([self.success[at] for at in best]).astype(float)
 
     def _mean(self, rows: np.ndarray) -> Interval:
         return bootstrap_mean(rows, self.groups)
