@@ -10,7 +10,7 @@ only. After Mallen, Brumley, Kharchenko & Belrose 2024 (arXiv:2312.01037), whose
 import difflib
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -301,6 +301,30 @@ def quirky_sets(
 
     parts = _split(unit, 2 * truth + bob, min(quirk.held_out, n_units // 5), seed)
     return Splits(*(Records(quirk.name, records(members)) for members in parts))
+
+
+def with_difficulty(splits: Splits, measure: Callable[[Records], Float[np.ndarray, " n"]]) -> Splits:
+    """The splits with another difficulty: the mean, over the records of a statement, of what `measure` gives each.
+
+    `measure` could be the loss of the true answer, averaged over several models. Quantiles are over all splits.
+    Raises `SondeError` for a measure that is not finite or of another length.
+    """
+    records = [record for part in splits for record in part]
+    found = [np.asarray(measure(part), dtype=np.float64) for part in splits]
+    if [len(values) for values in found] != [len(part) for part in splits]:
+        raise SondeError(f"a measure of {[len(v) for v in found]} for records of {[len(part) for part in splits]}")
+    values = np.concatenate(found)
+    if not np.isfinite(values).all():
+        raise SondeError(f"the difficulty of {int((~np.isfinite(values)).sum())} records is not finite")
+    # The two characters are asked about the same statement one after the other.
+    statements, place = np.unique(np.arange(len(records)) // 2, return_inverse=True)
+    difficulty = np.bincount(place, values) / 2
+    quantile = (midranks(difficulty) - 0.5) / len(statements)
+    changed = iter(
+        replace(record, difficulty=float(difficulty[i]), quantile=float(quantile[i]))
+        for record, i in zip(records, place, strict=True)
+    )
+    return Splits(*(Records(part.name, [next(changed) for _ in part]) for part in splits))
 
 
 def _named(quirk: str | Quirk) -> Quirk:
