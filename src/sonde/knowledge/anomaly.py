@@ -99,7 +99,17 @@ class Alarm:
         answers: ArrayLike | None = None,
     ) -> Float[np.ndarray, " n"]:
         """Strangeness of each row: 0 is the mean of held-out trusted rows, in their standard deviations."""
-        return self._scores(rows, untrusted, answers)[0]
+        return self._over_layers(self._standardised(rows, untrusted, answers)[0])
+
+    def by_layer(
+        self,
+        rows: ArrayLike | Tensor,
+        untrusted: ArrayLike | Tensor | None = None,
+        *,
+        answers: ArrayLike | None = None,
+    ) -> Float[np.ndarray, "layers n"]:
+        """Standardised strangeness of each row in each layer; one layer for rows `[n, d]`."""
+        return self._standardised(rows, untrusted, answers)[0]
 
     def p_values(
         self,
@@ -109,7 +119,7 @@ class Alarm:
         answers: ArrayLike | None = None,
     ) -> Float[np.ndarray, " n"]:
         """Share of trusted rows that are at least as strange; below 0.05 is an alarm that 5 % of trusted rows raise."""
-        found, held = self._scores(rows, untrusted, answers)
+        found, held = (self._over_layers(scores) for scores in self._standardised(rows, untrusted, answers))
         stranger = len(held) - np.searchsorted(np.sort(held), found)
         return (1 + stranger) / (1 + len(held))
 
@@ -142,9 +152,9 @@ class Alarm:
         answers = kept["answers"]
         return made.fit(kept["trusted"], answers=None if answers is None else answers.numpy())
 
-    def _scores(
+    def _standardised(
         self, rows: ArrayLike | Tensor, untrusted: ArrayLike | Tensor | None, answers: ArrayLike | None
-    ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " held"]]:
+    ) -> tuple[Float[np.ndarray, "layers n"], Float[np.ndarray, "layers held"]]:
         if self._held is None:
             raise SondeError("this alarm has seen no trusted rows: call fit first")
         given = layered(rows)
@@ -156,8 +166,10 @@ class Alarm:
         mean, deviation = held.mean(-1, keepdims=True), held.std(-1, keepdims=True)
         # a layer whose trusted scores are all equal (no code newly on) counts as it is
         scale = np.where(deviation > 0, deviation, 1.0)
-        reduce = np.mean if self.aggregate == "mean" else np.max
-        return reduce((found - mean) / scale, axis=0), reduce((held - mean) / scale, axis=0)
+        return (found - mean) / scale, (held - mean) / scale
+
+    def _over_layers(self, scores: Float[np.ndarray, "layers n"]) -> Float[np.ndarray, " n"]:
+        return scores.mean(0) if self.aggregate == "mean" else scores.max(0)
 
     def _raw(self, rows: Tensor, untrusted: Tensor | None, answers: ArrayLike | None) -> Float[np.ndarray, "*layers n"]:
         if isinstance(self._novelty, Topological):
