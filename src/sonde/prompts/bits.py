@@ -25,7 +25,7 @@ from sonde.prompts.curve import MOSTLY, Threshold
 from sonde.prompts.evaluation import evaluate
 from sonde.prompts.examples import Examples
 from sonde.prompts.hard import best_token, greedy_search
-from sonde.prompts.passes import Passes, Scored, mean_over_owners
+from sonde.prompts.passes import Passes, Scored
 from sonde.prompts.soft_prompt import Position, SoftPrompt, embedding_rms
 from sonde.prompts.training import Cosine
 
@@ -64,7 +64,7 @@ class Quantised:
 
 @dataclass(frozen=True)
 class NoiseCoded:
-    """Mean and deviation [n, d] of a prompt that works under its own noise; KL in bits, nats and success under noise."""
+    """Mean and deviation [n, d] of a prompt that works under its noise; KL in bits, nats and success under noise."""
 
     mean: Float[Tensor, "n d"]
     deviation: Float[Tensor, "n d"]
@@ -167,7 +167,7 @@ def noise_coded(
 
     def loss(step: int) -> Tensor:
         rows = passes.rows(batches[step % len(batches)], [n] * count, [prompt.position] * count, generator=noise)
-        found = mean_over_owners(whole_target(passes.score(bank(noise).to(lm.device), rows)), rows.owner, count).cpu()
+        found = whole_target(passes.score(bank(noise).to(lm.device), rows)).view(count, -1).mean(1).cpu()
         cost = information(coder["mean"], coder["log_deviation"], rms) * math.log(2)
         return (found + price * cost).sum()
 

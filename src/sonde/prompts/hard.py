@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
 from sonde.prompts.examples import Examples
-from sonde.prompts.passes import Passes, mean_over_owners
+from sonde.prompts.passes import Passes
 from sonde.prompts.soft_prompt import Position, SoftPrompt, embedded
 
 _FIRST = 2  # examples on which all tokens are tried; the best go on to all examples
@@ -135,7 +135,7 @@ def _losses(
             rows = passes.rows(batch, [n] * len(part), [position] * len(part))
             scored = passes.score(embedded(passes.lm, part.flatten()), rows)
             nats = (scored.nats * (scored.weights > 0)).sum(1)
-            total[begin : begin + size] += mean_over_owners(nats, rows.owner, len(part)).cpu() * len(batch)
+            total[begin : begin + size] += nats.view(len(part), len(batch)).sum(1).cpu()
     return total / sum(len(batch) for batch in batches)
 
 
