@@ -5,7 +5,7 @@ import torch
 from families import tiny
 
 from sonde.errors import SondeError
-from sonde.knowledge.anomaly_features import ABLATIONS, Ablations, activations, codes, effects, present
+from sonde.knowledge.anomaly_features import ABLATIONS, Ablations, Feature, activations, codes, effects, look, present
 from sonde.lm.model import LanguageModel
 
 PROMPTS = [[5, 9, 2, 17], [3, 4], [8, 8, 8, 1, 2, 30], [7, 6, 5]]
@@ -110,6 +110,47 @@ def test_activations_are_those_of_the_last_token():
         lm(torch.tensor([PROMPTS[2]]))
     for place, site in enumerate(lm.match("mlp_out.1", "resid_post.0")):
         torch.testing.assert_close(found[place, 2], acts[site][0, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_all_features_of_trusted_and_test_inputs_are_there_at_once():
+    lm = model()
+
+    class Sum:
+        direction = torch.ones(lm.n_layers, lm.d_model)
+
+        def log_odds(self, states):
+            return states.last.sum(-1)
+
+    trusted = torch.randint(0, 40, (70, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    encoders = [torch.nn.functional.relu] * lm.n_layers
+    found = look(lm, Sum(), (trusted, ANSWERS), (PROMPTS, ANSWERS), components=3, encoders=encoders)
+    shapes = {feature.name: tuple(feature.test.shape) for feature in found.features}
+    places, n = len(present(lm)), len(PROMPTS)
+    stream = (lm.n_layers, n, lm.d_model)
+    assert shapes == {
+        "probe's log-odds": (n, lm.n_layers),
+        **dict.fromkeys(("residual stream", "mixers", "MLPs", "codes"), stream),
+        **dict.fromkeys(("effects: mean", "effects: zero", "effects: gradient"), (n, places)),
+        "effects: components": (places, n, 3),
+        "effects on the probe": (lm.n_layers - 1, n, places),
+    }
+    assert [feature.name for feature in found.features if feature.sparse] == ["codes"]
+    assert [answer.tolist() for answer in found.answers][1] == [log_odds(lm, ids) > 0 for ids in PROMPTS]
+    by_name = {feature.name: feature.test for feature in found.features}
+    torch.testing.assert_close(by_name["residual stream"].sum(-1).T, by_name["probe's log-odds"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        by_name["mixers"], activations(lm, PROMPTS, lm.match("mixer_out.*")), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_the_control_pools_trusted_and_test_rows():
+    given = Feature("x", torch.arange(12.0).view(2, 3, 2), torch.arange(8.0).view(2, 2, 2) + 100)
+    dealt = given.dealt_again(seed=1)
+    assert dealt.trusted.shape == given.trusted.shape and dealt.test.shape == given.test.shape
+    pools = [torch.cat([made.trusted, made.test], 1).flatten(1).sort(-1).values for made in (given, dealt)]
+    assert torch.equal(*pools) and not torch.equal(given.test, dealt.test)
+    with pytest.raises(SondeError, match="x: trusted features of shape"):
+        Feature("x", torch.zeros(3, 2), torch.zeros(3, 4))
 
 
 def test_codes_come_from_any_callable():

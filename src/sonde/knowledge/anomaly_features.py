@@ -14,15 +14,17 @@ of all sites come from one backward pass for each y, and gradients stay in the p
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from sonde.errors import SondeError
-from sonde.knowledge.states import Answer, answer_tokens
+from sonde.knowledge.states import Answer, States, answer_tokens, extract
 from sonde.lm.model import LanguageModel
 from sonde.lm.prompt_rows import Prompts, at_position, like_lengths, prompt_ids
 from sonde.stats.gaussian_novelty import Gaussian
@@ -30,6 +32,123 @@ from sonde.stats.gaussian_novelty import Gaussian
 ABLATIONS = ("mean", "zero", "components", "gradient")
 SITES = ("mixer_out.*", "mlp_out.*", "resid_post.*")
 """Where effects are measured unless told otherwise; a family without one of these kinds is measured at the others."""
+
+Answers = Sequence[tuple[Answer, Answer]] | tuple[Answer, Answer]
+
+
+class Probe(Protocol):
+    """A probe that was fitted on trusted inputs, on last-token states; `sonde.knowledge.probes.fit` makes them."""
+
+    @property
+    def direction(self) -> Float[Tensor, "layers d"]:
+        """What a state is multiplied with, by layer."""
+        ...
+
+    def log_odds(self, states: States) -> Float[Tensor, "n layers"]:
+        """What the probe reads."""
+        ...
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One way to look at inputs: `[n, d]`, or `[layers, n, d]` with a matrix for each layer.
+
+    `sparse`: features are codes of which most are 0, so that newly active ones can be counted.
+    Raises `SondeError` for trusted and test rows of other layers or widths.
+    """
+
+    name: str
+    trusted: Float[Tensor, "*layers n d"]
+    test: Float[Tensor, "*layers m d"]
+    sparse: bool = False
+
+    def __post_init__(self) -> None:
+        a, b = self.trusted.shape, self.test.shape
+        if a[:-2] != b[:-2] or a[-1] != b[-1]:
+            raise SondeError(f"{self.name}: trusted features of shape {tuple(a)} and test features of {tuple(b)}")
+
+    @property
+    def layers(self) -> int:
+        """Number of matrices."""
+        return len(self.trusted) if self.trusted.ndim == 3 else 1
+
+    def dealt_again(self, seed: int = 0) -> "Feature":
+        """The control: trusted and test rows pooled and dealt out again, in the same numbers."""
+        pool = torch.cat([self.trusted, self.test], -2)
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(pool.shape[-2]))
+        n = self.trusted.shape[-2]
+        return replace(self, trusted=pool[..., order[:n], :], test=pool[..., order[n:], :])
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Features of trusted and test inputs, and the model's own log-odds on both."""
+
+    features: tuple[Feature, ...]
+    trusted_log_odds: Float[Tensor, " n"]
+    test_log_odds: Float[Tensor, " m"]
+
+    @property
+    def answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Whether the model gives the positive answer, to trusted and to test inputs."""
+        return (self.trusted_log_odds > 0).numpy(), (self.test_log_odds > 0).numpy()
+
+
+def look(
+    lm: LanguageModel,
+    probe: Probe,
+    trusted: tuple[Prompts, Answers],
+    test: tuple[Prompts, Answers],
+    *,
+    sites: str = "resid_post.*",
+    effects_at: Sequence[str] = SITES,
+    encoders: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    components: int = 8,
+    batch: int = 32,
+    progress: str | None = None,
+) -> Looked:
+    """Every feature of trusted and of test inputs.
+
+    Args:
+        lm: the model.
+        probe: fitted on trusted inputs with labels, on states at `sites`; other inputs than `trusted`.
+        trusted: prompts, and the two answers of all or of each.
+        test: the same of inputs that may be anomalous.
+        sites: of the probe, and of "residual stream".
+        effects_at: where effects of ablations are measured.
+        encoders: of sparse codes, one for each of `sites`: any callables from `[n, d]` to `[n, codes]`.
+        components: principal directions for "effects: components".
+        batch: most prompts of a pass.
+        progress: what progress bars are called; None shows none.
+
+    Raises:
+        SondeError: as `extract` and `effects` do.
+
+    """
+    places = present(lm, effects_at)
+    states = [extract(lm, *side, sites=sites, batch=batch, progress=progress) for side in (trusted, test)]
+    stream = [side.by_layer("last") for side in states]
+    normal = activations(lm, trusted[0], places, batch=batch)
+    plan = Ablations.of(places, normal, components=min(components, lm.d_model))
+    reading = (states[0].sites, probe.direction)
+    found = [effects(lm, *side, plan, probe=reading, batch=batch, progress=progress) for side in (trusted, test)]
+    rows: dict[str, list[Tensor]] = {
+        "probe's log-odds": [probe.log_odds(side) for side in states],
+        "residual stream": stream,
+    }
+    for name, kind in (("mixers", "mixer_out"), ("MLPs", "mlp_out")):
+        own = [place for place, site in enumerate(places) if site.startswith(kind)]
+        rows[name] = [made.values[own] for made in found] if own else []
+    for kind in ABLATIONS:
+        single = kind != "components"
+        rows[f"effects: {kind}"] = [made.answer[kind][..., 0].T if single else made.answer[kind] for made in found]
+    rows["effects on the probe"] = [made.probe for made in found if made.probe is not None and len(made.probe)]
+    if encoders is not None:
+        rows["codes"] = [codes(side, encoders) for side in stream]
+    return Looked(
+        tuple(Feature(name, *pair, sparse=name == "codes") for name, pair in rows.items() if pair),
+        *(side.lm_log_odds for side in states),
+    )
 
 
 @dataclass(frozen=True)
@@ -70,10 +189,11 @@ class Ablations:
 class Effects:
     """Effects on the model's answer and on a probe's readings.
 
-    `answer`: by kind of ablation, `[sites, n, k]`. `probe [layers, n, sites]`: effects of ablating each site to the
-    mean on the probe's reading at each layer but the first; 0 at sites that come after it. None without a probe.
+    `values`: the activations. `answer`: by kind of ablation. `probe`: effects of ablating each site to the mean on the
+    probe's reading at each layer but the first; 0 at sites that come after it. None without a probe.
     """
 
+    values: Float[Tensor, "sites n d"]
     answer: dict[str, Float[Tensor, "sites n k"]]
     probe: Float[Tensor, "layers n sites"] | None = None
 
@@ -149,13 +269,13 @@ def effects(
     rows = prompt_ids(lm, prompts)
     tokens = answer_tokens(lm, prompts, rows, answers)
     read, directions = _readings(lm, probe)
-    found = {name: torch.empty(0) for name in ABLATIONS}
+    found = {name: torch.empty(0) for name in ("values", *ABLATIONS)}
     on_probe = torch.zeros(max(len(read) - 1, 0), len(rows), len(ablations.sites))
     with tqdm(total=len(rows), desc=progress, disable=progress is None, unit="prompt") as bar:
         for numbers in like_lengths([len(ids) for ids in rows], batch):
             passed = _Pass(lm, [rows[i] for i in numbers], ablations.sites, read)
             made = ablations.effects(passed.values, passed.gradients(passed.log_odds(tokens[numbers])))
-            for name, values in made.items():
+            for name, values in {"values": passed.values, **made}.items():
                 if not found[name].numel():
                     found[name] = torch.empty(len(values), len(rows), values.shape[-1])
                 found[name][:, numbers] = values.cpu()
@@ -163,7 +283,7 @@ def effects(
                 slope = passed.gradients((passed.states[read[layer]] @ directions[layer]).float())
                 on_probe[layer - 1, numbers] = ablations.effects(passed.values, slope)["mean"][..., 0].T.cpu()
             bar.update(len(numbers))
-    return Effects(found, None if probe is None else on_probe)
+    return Effects(found.pop("values"), found, None if probe is None else on_probe)
 
 
 class _Pass:
