@@ -41,7 +41,7 @@ class Threshold:
         return success >= self.success if self.nats is None else nats <= self.nats
 
     def __str__(self) -> str:
-        return f"exact on {self.success:.0%}" if self.nats is None else f"at most {self.nats:.3g} nats a target"
+        return f"{self.success:.0%} exact targets" if self.nats is None else f"{self.nats:.3g} nats a target at most"
 
 
 MOSTLY = Threshold(success=0.5)
