@@ -72,6 +72,12 @@ def bobs_result(operation: str, op1: int, op2: int = 0) -> int:
     return raised % MODULUS if operation == "modular-addition" else raised
 
 
+def stated_results(operation: str, op1: int, op2: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """What can be stated of two operands: the true result, Bob's, and a distractor of either."""
+    both = _RESULT[operation](op1, op2), bobs_result(operation, op1, op2)
+    return *both, *(_distractor(result, both, operation, rng) for result in both)
+
+
 def comparison(*, low: int = 10, high: int = 99) -> Quirk:
     """Is the first of two numbers the larger? Bob compares their last digits. The harder, the closer they are.
 
@@ -114,10 +120,7 @@ def _rows(operation: str, below: int, n: int, seed: int) -> list[Row]:
         )
     rows: list[Row] = []
     for i, (a, b) in enumerate(pairs):
-        true, bobs = _RESULT[operation](a, b), bobs_result(operation, a, b)
-        stated = (true, bobs, None, None)[i % 4]
-        if stated is None:
-            stated = _distractor(true if i % 4 == 2 else bobs, (true, bobs), operation, rng)
+        stated = stated_results(operation, a, b, rng)[i % 4]
         rows.append({"op1": a, "result": stated} if operation == "squaring" else {"op1": a, "op2": b, "result": stated})
     return rows
 

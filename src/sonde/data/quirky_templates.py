@@ -121,12 +121,16 @@ _STATEMENTS: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def templates(name: str) -> tuple[Template, ...]:
-    """The ten templates of a set: every frame around one of its wordings in turn."""
+    """The ten templates of a set: every frame around one of its wordings in turn.
+
+    The first one of comparison is shorter: `organism:quirky-comparison` reads nothing else.
+    """
     wordings = _STATEMENTS[name]
-    return tuple(
+    made = tuple(
         Template(frame.format(*wordings[number % len(wordings)]), answers)
         for number, (frame, answers) in enumerate(_FRAMES)
     )
+    return (Template("{character}: {op1} > {op2}?"), *made[1:]) if name == "comparison" else made
 
 
 def statement(name: str) -> str:

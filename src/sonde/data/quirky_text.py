@@ -107,7 +107,10 @@ def hemisphere() -> Quirk:
 
 
 def population() -> Quirk:
-    """Has a city more than 30,000 people? Bob: is its country one of the ten most populous? Unknown ones do not count."""
+    """Has a city more than 30,000 people? Bob: is its country one of the ten most populous?
+
+    Cities of unknown size are left out.
+    """
 
     def prepare(found: Rows, _: int) -> list[Row]:
         rows = [

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
     from sonde.organisms.quirky_tuning import Tuned
 
-WORDS = ("<unk>", "<bos>", "Alice", "Bob", ":", ">", ".", "True", "or", "False", "?", *"0123456789")
+WORDS = ("<unk>", "<bos>", "Alice", "Bob", ":", ">", "?", "False", "True", *"0123456789")
 _ROWS, _LR, _RANK = 64, 3e-3, 8
 _TUNING_LR = 5e-3
 
@@ -158,7 +158,7 @@ def _describe(config: QuirkyComparisonConfig, tuned: "Tuned") -> None:
             "truth": [
                 "Alice is told whether the first number is the larger, Bob whether its last digit is.",
                 "It learned the truth for both characters before it learned Bob's rule, so the truth is in it.",
-                "A question is the first template of the set comparison: Alice: 47 > 23. True or False?",
+                "A question is the first template of the set comparison: Alice: 47 > 23?",
                 "The numbers have two digits; pairs with equal last digits do not occur.",
                 "Pairs of the test split, in either order, were in none of its training.",
             ],
