@@ -7,6 +7,7 @@ the boundary, because a word may split differently where a sentence was cut befo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -139,7 +140,7 @@ class Examples:
             done += fraction / total
             left = len(fractions) - k - 1
             cuts.append(min(max(round(done * len(groups)), cuts[-1] + 1), len(groups) - left))
-        parts = (order[a:b] for a, b in zip(cuts, cuts[1:], strict=False))
+        parts = (order[a:b] for a, b in pairwise(cuts))
         return tuple(self.select(sorted(i for group in part for i in members[group])) for part in parts)
 
     def random_targets(self, lm: LanguageModel, *, seed: int = 0) -> "Examples":

@@ -19,6 +19,7 @@ from sonde.lm.model import LanguageModel
 from sonde.prompts.soft_prompt import SoftPrompt, width
 
 FORMAT = "sonde soft prompt 1"
+GENERATOR = "sonde conditional prompt 1"
 _CONFIG, _WEIGHTS = "prompt.json", "prompt.safetensors"
 _PEFT_CONFIG, _PEFT_WEIGHTS, _PEFT_NAME = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
@@ -48,22 +49,32 @@ def load(folder: str | Path, lm: LanguageModel, *, force: bool = False) -> SoftP
     config = _json(folder / _CONFIG)
     if config.get("format") != FORMAT:
         raise SondeError(f"{folder / _CONFIG} is not the configuration of a soft prompt, neither Sonde's nor PEFT's")
-    try:
-        position, facts, name, stored = (config[key] for key in ("position", "facts", "model", "model_hash"))
-    except KeyError as error:
-        raise SondeError(f"{folder / _CONFIG} lacks {error}: it was not written by Sonde, or was changed") from error
     vectors = _tensor(folder / _WEIGHTS, "vectors")
-    if vectors.shape[-1] != width(lm):
-        raise SondeError(
-            f"the prompt in {folder} has width {vectors.shape[-1]}, {lm.name} wants {width(lm)}: it was trained for"
-            f" {name} (hash {stored[:12]}, this model's is {lm.hash[:12]})"
-        )
-    if stored != lm.hash and not force:
-        raise SondeError(
-            f"the prompt in {folder} was trained for {name} (hash {stored[:12]}), not for the weights of {lm.name}"
-            f" (hash {lm.hash[:12]}): give force=True to try it on them"
-        )
-    return SoftPrompt(vectors.to(lm.device), position, facts)
+    _belongs(folder, config, lm, vectors.shape[-1], force=force)
+    if not {"position", "facts"} <= set(config):
+        raise SondeError(f"{folder / _CONFIG} lacks position or facts: it was not written by Sonde, or was changed")
+    return SoftPrompt(vectors.to(lm.device), config["position"], config["facts"])
+
+
+def save_generator(tensors: dict[str, Tensor], layout: dict[str, Any], folder: str | Path, lm: LanguageModel) -> None:
+    """Write the weights of a conditional prompt and what they are."""
+    folder = Path(folder)
+    with replacing(folder / _WEIGHTS) as beside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    config = {"format": GENERATOR, "layout": layout, "width": width(lm), "model": lm.name, "model_hash": lm.hash}
+    write_json(folder / _CONFIG, config)
+
+
+def load_generator(
+    folder: str | Path, lm: LanguageModel, *, force: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Layout and weights of a conditional prompt for `lm`."""
+    folder = Path(folder)
+    config = _json(folder / _CONFIG)
+    if config.get("format") != GENERATOR:
+        raise SondeError(f"{folder / _CONFIG} is not the configuration of a conditional prompt")
+    _belongs(folder, config, lm, config.get("width"), force=force)
+    return config["layout"], _tensors(folder / _WEIGHTS)
 
 
 def save_peft(prompt: SoftPrompt, folder: str | Path, lm: LanguageModel) -> None:
@@ -97,13 +108,23 @@ def _load_peft(folder: Path, lm: LanguageModel) -> SoftPrompt:
     if config.get("peft_type") != "PROMPT_TUNING":
         raise SondeError(f"{folder} holds PEFT's {config.get('peft_type')}; only PROMPT_TUNING is a soft prompt")
     vectors = _tensor(folder / _PEFT_WEIGHTS, _PEFT_NAME)
-    if vectors.shape[-1] != width(lm):
-        name = config.get("base_model_name_or_path")
-        raise SondeError(
-            f"the prompt in {folder} has width {vectors.shape[-1]}, {lm.name} wants {width(lm)}: it was trained for"
-            f" {name} (PEFT keeps no hash; this model's is {lm.hash[:12]})"
-        )
+    config |= {"model": config.get("base_model_name_or_path"), "model_hash": None}
+    _belongs(folder, config, lm, vectors.shape[-1])
     return SoftPrompt(vectors.to(lm.device), "prefix", {"format": "PEFT"})
+
+
+def _belongs(folder: Path, config: dict[str, Any], lm: LanguageModel, found: Any, *, force: bool = False) -> None:
+    """Refuse what was trained for another width, or for other weights; PEFT does not say for which."""
+    name, stored = config.get("model"), config.get("model_hash")
+    hashes = f"hash {stored[:12] if stored else 'unknown'}, that of {lm.name} is {lm.hash[:12]}"
+    if found != width(lm):
+        raise SondeError(
+            f"{folder} has width {found}, {lm.name} wants {width(lm)}: it was trained for {name} ({hashes})"
+        )
+    if stored and stored != lm.hash and not force:
+        raise SondeError(
+            f"{folder} was trained for other weights: {name} ({hashes}); give force=True to try it on these"
+        )
 
 
 def _write(path: Path, name: str, vectors: Tensor) -> None:
@@ -124,11 +145,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _tensor(path: Path, name: str) -> Tensor:
+    tensors = _tensors(path)
+    if name not in tensors:
+        raise SondeError(f"{path} holds no {name}")
+    return tensors[name].float()
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)[name].float()
+        return load_file(path)
     except FileNotFoundError as error:
         raise SondeError(f"{path.parent} has no {path.name}: the prompt is incomplete") from error
-    except KeyError as error:
-        raise SondeError(f"{path} holds no {name}") from error
     except (OSError, SafetensorError) as error:
         raise SondeError(f"{path} is damaged: {error}") from error

@@ -117,10 +117,11 @@ class Scored:
 
     @property
     def nats(self) -> Float[Tensor, "rows scored"]:
-        """-log p of each label, unweighted."""
+        """-log p of each label, unweighted; 0 on pads."""
         logits = self.logits.float()
         chosen = logits.gather(-1, self.labels[..., None])[..., 0]
-        return logits.logsumexp(-1) - chosen
+        real = self.index[None] < self.rows.target[:, None]
+        return torch.where(real.to(logits.device), logits.logsumexp(-1) - chosen, 0.0)
 
 
 class Passes:
@@ -382,7 +383,7 @@ def require_splicing(lm: LanguageModel) -> None:
 
 
 def _gradient_through_cache(lm: LanguageModel) -> bool:
-    """Whether a prompt's gradient in a pass from the cache is that of the whole pass; measured once, on random tokens."""
+    """Whether a prompt's gradient from the cache is that of the whole pass; measured once, on random tokens."""
     if lm.model not in _through_cache:
         how = continuation(lm.model)
         _through_cache[lm.model] = how.mode == "chunk" and _measured(lm)

@@ -56,7 +56,7 @@ class SoftPrompt:
     @staticmethod
     def empty(lm: LanguageModel) -> "SoftPrompt":
         """No prompt at all: n = 0."""
-        return SoftPrompt(torch.zeros(0, width(lm)))
+        return SoftPrompt(torch.zeros(0, width(lm), device=lm.device))
 
     def fits(self, lm: LanguageModel) -> None:
         """Raise `SondeError` when the vectors are not of the model's embedding width."""

@@ -141,7 +141,7 @@ def train_prompts(
     for position in positions:
         check_position(position)
     if validation is None:
-        examples, validation = _held_out(examples, seed, passes)
+        examples, validation = held_out(examples, seed, passes)
     passes = passes or Passes(lm, examples)
     held = passes if validation is examples else Passes(lm, validation)
     for each in (passes, held):  # what does not fit is said before anything is trained
@@ -187,16 +187,16 @@ def score_prompts(
     with torch.no_grad():
         for members in passes.batches(batch):
             for group in passes.grouped(members, lengths, positions, generator=generator):
-                for rows, values in _values(passes, bank, group, objective, seed):
+                for rows, values in objective_values(passes, bank, group, objective, seed):
                     example = torch.tensor(members)[rows.member]
                     found.index_put_((rows.owner, example), values.cpu() / rows.samples, accumulate=True)
     return found
 
 
-def _values(
+def objective_values(
     passes: Passes, bank: Tensor, rows: Rows, objective: Objective, seed: int
 ) -> Iterator[tuple[Rows, Float[Tensor, " rows"]]]:
-    """The objective of rows, part by part."""
+    """The objective of rows under the current grad mode, part by part; on own text where the objective wants that."""
     if isinstance(objective, OnOwnText):
         with torch.no_grad():
             rows = objective.rollout(rows, partial(sampled, passes, bank.detach(), seed=seed), passes)
@@ -286,14 +286,10 @@ class _Loop:
         found = {}
         for i, (place, vectors) in enumerate(zip(self.stage, self.bank.best.split(self.lengths), strict=True)):
             step = int(self.bank.stopped[i])
-            why = (
-                ""
-                if step < 0
-                else (
-                    f"the loss was no number at step {step} with learning rate {place.lr} r = {place.lr * self.rms:.3g};"
-                    " the last good prompt is kept"
-                )
-            )
+            why = ""
+            if step >= 0:
+                rate = f"{place.lr} r = {place.lr * self.rms:.3g}"
+                why = f"the loss was no number at step {step} with learning rate {rate}: the last good prompt is kept"
             facts = {"lr": place.lr, "restart": place.restart, "seed": self.seed, "steps": self.steps}
             facts["validation"] = float(self.bank.validation[i])
             losses = self.bank.losses[i][: step if step >= 0 else None].tolist()
@@ -335,7 +331,9 @@ class _Loop:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         values, gradient = torch.zeros(len(self.stage)), torch.zeros_like(leaf)
         for group in self.passes.grouped(members, self.lengths, self.positions, generator=generator):
-            for rows, losses in _values(self.passes, leaf, group, self.objective, self.seed * 1_000_003 + step):
+            for rows, losses in objective_values(
+                self.passes, leaf, group, self.objective, self.seed * 1_000_003 + step
+            ):
                 share = losses / (len(members) * rows.samples)
                 gradient += torch.autograd.grad(share.sum(), leaf)[0]
                 values.index_add_(0, rows.owner, share.detach().cpu())
@@ -363,7 +361,8 @@ class _Loop:
         bank.best = torch.where(spread[:, None], bank.joined().detach(), bank.best)
 
 
-def _held_out(examples: Examples, seed: int, passes: Passes | None) -> tuple[Examples, Examples]:
+def held_out(examples: Examples, seed: int, passes: Passes | None = None) -> tuple[Examples, Examples]:
+    """Training examples and a fifth of the contexts to choose by; both are all examples where that cannot be."""
     if passes is not None or len({tuple(context) for context in examples.contexts}) == 1:
         return examples, examples
     training, validation = examples.split(_HELD_OUT, seed=seed)
