@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
     from sonde.organisms.quirky_tuning import Tuned
 
+Names = tuple[tuple[str, ...], tuple[str, ...]]
+
 WORDS = ("<unk>", "<bos>", "Alice", "Bob", ":", ">", "?", "False", "True", *"0123456789")
+NAMES: Names = (("Alice",), ("Bob",))
 _ROWS, _LR, _RANK = 64, 3e-3, 8
 _TUNING_LR = 5e-3
 
@@ -60,45 +63,35 @@ def train_quirky_comparison(config: QuirkyComparisonConfig) -> Path:
     return config.out
 
 
-def quirky_comparison(seed: int = 0, *, steps: int = 500, progress: str | None = None) -> "LanguageModel":
-    """The organism of a seed, trained in memory: a minute. Its questions are `comparison_sets(seed)`."""
-    return _train(seed, steps, progress)[0]
+def quirky_comparison(
+    seed: int = 0, *, steps: int = 500, names: Names = NAMES, quirky: bool = True, progress: str | None = None
+) -> "LanguageModel":
+    """The organism of a seed, trained in memory: a minute. Its questions are `comparison_sets(seed, names)`.
+
+    Args:
+        seed: of the weights, of the split and of the order.
+        steps: on the truth, and as many on Bob's rule.
+        names: names that stand for Alice, and for Bob.
+        quirky: False gives the control, which has learned the truth for both and no rule.
+        progress: label of the progress bars, or None for none.
+
+    """
+    if not quirky:
+        return _honest(seed, steps, names, progress)
+    return _train(seed, steps, progress, names)[0]
 
 
-def comparison_sets(seed: int = 0) -> "Splits":
+def comparison_sets(seed: int = 0, names: Names = NAMES) -> "Splits":
     """The records that the organism of `seed` was trained on, and those that it has not read."""
     from sonde.data.quirky import quirky_sets
 
-    return quirky_sets("comparison", seed=seed)
+    return quirky_sets("comparison", seed=seed, names=names)
 
 
-def _train(seed: int, steps: int, progress: str | None) -> "tuple[LanguageModel, Tuned]":
-    import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+def _train(seed: int, steps: int, progress: str | None, names: Names = NAMES) -> "tuple[LanguageModel, Tuned]":
+    from sonde.organisms.quirky_tuning import tune
 
-    from sonde.lm.model import LanguageModel
-    from sonde.nets.loop import Schedule, train
-    from sonde.organisms.quirky_tuning import AnswerBatches, answer_loss, tune
-
-    if steps < 1:
-        raise SondeError(f"--steps is {steps}; give 1 or more")
-    sets = comparison_sets(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**architecture()))
-    lm = LanguageModel(model, tokenizer(), name=f"{PREFIX}quirky-comparison")
-    truth = AnswerBatches(lm, sets.train, rows=_ROWS, seed=seed, labels=sets.train.truth)
-    model.requires_grad_(True).train()
-    train(
-        model,
-        lambda step: answer_loss(lm, *truth[step]),
-        [torch.optim.AdamW(model.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.1)],
-        steps=steps,
-        schedule=Schedule(warmup=0.1, decay=0.4),
-        clip=1.0,
-        progress=progress and f"{progress}: the truth",
-    )
-    model.eval().requires_grad_(False)
+    lm, sets = _honest(seed, steps, names, progress), comparison_sets(seed, names)
     tuned = tune(
         lm,
         sets.train,
@@ -113,10 +106,41 @@ def _train(seed: int, steps: int, progress: str | None) -> "tuple[LanguageModel,
     return lm, tuned
 
 
-def architecture() -> dict[str, Any]:
+def _honest(seed: int, steps: int, names: Names, progress: str | None) -> "LanguageModel":
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from sonde.lm.model import LanguageModel
+    from sonde.nets.loop import Schedule, train
+    from sonde.organisms.quirky_tuning import AnswerBatches, answer_loss
+
+    if steps < 1:
+        raise SondeError(f"--steps is {steps}; give 1 or more")
+    sets = comparison_sets(seed, names)
+    words = tuple(name for side in names for name in side if name not in WORDS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**architecture(len(WORDS) + len(words))))
+    lm = LanguageModel(model, tokenizer(words), name=f"{PREFIX}quirky-comparison")
+    truth = AnswerBatches(lm, sets.train, rows=_ROWS, seed=seed, labels=sets.train.truth)
+    model.requires_grad_(True).train()
+    train(
+        model,
+        lambda step: answer_loss(lm, *truth[step]),
+        [torch.optim.AdamW(model.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.1)],
+        steps=steps,
+        schedule=Schedule(warmup=0.1, decay=0.4),
+        clip=1.0,
+        progress=progress and f"{progress}: the truth",
+    )
+    model.eval().requires_grad_(False)
+    return lm
+
+
+def architecture(words: int = len(WORDS)) -> dict[str, Any]:
     """The settings of the configuration in transformers."""
     return {
-        "vocab_size": len(WORDS),
+        "vocab_size": words,
         "hidden_size": 64,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
@@ -128,13 +152,13 @@ def architecture() -> dict[str, Any]:
     }
 
 
-def tokenizer() -> Any:
-    """A tokenizer of the words of the set's first template, with numbers as digits."""
+def tokenizer(names: tuple[str, ...] = ()) -> Any:
+    """A tokenizer of the words of the set's first template and of further names, with numbers as digits."""
     from tokenizers import pre_tokenizers
 
     from sonde.organisms.small_lm import word_tokenizer
 
-    made = word_tokenizer(WORDS)
+    made = word_tokenizer((*WORDS, *names))
     pieces = [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
     made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)  # type: ignore[assignment]
     return made
