@@ -7,6 +7,7 @@ Only what the command needs is imported.
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -30,6 +31,8 @@ usage: sonde COMMAND [...]
   studies            list the studies: a paper's question, with our figure beside the paper's
   run STUDY ...      run one of them
                        sonde run tuned-lens organism:pebble
+  sweep STUDY ...    run one at many settings: lists and ranges make every combination
+                       sonde sweep tuned-lens organism:pebble --seed 0..2 --trainer ridge,adam
   organism list      networks with known truth; `info NAME` shows one, `train NAME` makes it again
                        sonde organism info pebble
 
@@ -54,6 +57,19 @@ usage: sonde run STUDY [...]
 
   runs a study and prints where its report is: `sonde studies` lists them, `sonde run STUDY --help` shows one's options
                      sonde run tuned-lens organism:pebble"""
+
+SWEEP_HELP = """\
+usage: sonde sweep STUDY [...] [--workers N] [--retries N] [--ray ADDRESS] [--out FOLDER] [--resume]
+
+  runs a study at many settings: options of the study that list values as a,b or 0..9 make every combination, each a
+  run of its own; failed trials are tried again, and one tidy table holds all findings
+                     sonde sweep static-reading organism:pebble --seed 0..4 --directions 4,8
+
+  --workers N        processes at once on this machine; by default one for each core
+  --retries N        how often a trial that fails is tried again (2); bad input is not
+  --ray ADDRESS      run on a Ray cluster instead; `auto` is the one that this machine belongs to
+  --out FOLDER       the sweep's folder; by default a new one under runs/
+  --resume           go on with the sweep in that folder: finished trials are kept"""
 
 STUDIES_HELP = """\
 usage: sonde studies
@@ -96,6 +112,7 @@ def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "audit": _audit,
         "run": _run,
+        "sweep": _sweep,
         "studies": _studies,
         "organism": _organism,
     }
@@ -135,6 +152,40 @@ def _run(argv: list[str]) -> None:
         raise UsageError(f"the study comes first, then its options, not {argv[0]!r}", "sonde run")
     found = STUDIES.get(argv[0])
     print("report:", found.run(parse(found.config, argv[1:], command=f"sonde run {found.name}")))
+
+
+def _sweep(argv: list[str]) -> None:
+    from sonde.studies.registry import STUDIES
+    from sonde.studies.sweep import SweepConfig, sweep
+
+    if not argv or argv[0] in ("-h", "--help") or argv[1:] in (["-h"], ["--help"]):
+        print(SWEEP_HELP, "\n\nstudies: ", ", ".join(STUDIES.entries), sep="")
+        return
+    if argv[0].startswith("-"):
+        raise UsageError(f"the study comes first, then its options, not {argv[0]!r}", "sonde sweep")
+    found = STUDIES.get(argv[0])
+    own, words = _split(argv[1:], with_value=("--workers", "--retries", "--ray", "--out"), alone=("--resume",))
+    config = parse(SweepConfig, own, command="sonde sweep")
+
+    def check(trial: Sequence[str]) -> None:
+        parse(found.config, trial, command=f"sonde run {found.name}")
+
+    print("report:", sweep(found.name, words, config, check=check))
+
+
+def _split(argv: Sequence[str], *, with_value: Sequence[str], alone: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of the command itself, and everything else, in order."""
+    own: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in with_value:
+            own += [word, *itertools.islice(words, 1)]
+        elif word in alone or word.partition("=")[0] in with_value:
+            own.append(word)
+        else:
+            rest.append(word)
+    return own, rest
 
 
 def _studies(argv: list[str]) -> None:
