@@ -10,9 +10,9 @@ measured is measured again.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from sonde.prompts.curve import LENGTHS, Curve
 from sonde.prompts.evaluation import evaluate
 from sonde.prompts.examples import Examples
 from sonde.prompts.objectives import Objective, cross_entropy
+from sonde.prompts.passes import Passes
 from sonde.prompts.soft_prompt import Position
-from sonde.prompts.training import Trial, train_prompts
+from sonde.prompts.training import Trial, score_prompts, train_prompts
 
 _SPLIT = (0.6, 0.2, 0.2)
 
@@ -85,8 +86,9 @@ def information_curve(
     """Train prompts of every length on the first of `parts`, choose on the second, report on the third.
 
     The grid of restarts, positions and learning rates is one batch. `allowed` blocks outputs: what it refuses is no
-    success. With a `folder`, a curve that was measured is read from it and an interrupted one goes on; the name of an
-    `objective` other than cross-entropy is part of what decides the curve, its settings are not.
+    success. With a `folder`, a curve that was measured is read from it and an interrupted one goes on. An `objective`
+    whose labels are not the targets is a dataclass with a second one, `exact`, that is 1 on success; curves of other
+    objectives are trained on them and reported in nats of the targets.
     """
     budget = budget or Budget()
     key = _key(lm, parts, budget, objective, seed)
@@ -110,7 +112,7 @@ def information_curve(
         checkpoint=None if folder is None else folder / f"{key}.part.safetensors",
         progress=progress,
     )
-    curve = _curve(lm, trials, test, budget)
+    curve = _curve(lm, trials, test, budget, objective)
     if kept is not None:
         save_bundle(kept, curve.state())
         for part in kept.parent.glob(f"{key}.part*"):
@@ -214,7 +216,7 @@ def information_curves(
     ]
 
 
-def _curve(lm: LanguageModel, trials: Sequence[Trial], test: Examples, budget: Budget) -> Curve:
+def _curve(lm: LanguageModel, trials: Sequence[Trial], test: Examples, budget: Budget, objective: Objective) -> Curve:
     """The best position and learning rate of each length and restart, on test contexts."""
     lengths = (0, *budget.lengths)
     chosen: list[list[Trial]] = []
@@ -226,15 +228,22 @@ def _curve(lm: LanguageModel, trials: Sequence[Trial], test: Examples, budget: B
         ]
         chosen.append(restarts * (1 if n else budget.restarts))
     flat = [trial for restarts in chosen for trial in restarts]
-    found = evaluate(lm, [trial.prompt for trial in flat], test)
+    prompts = [trial.prompt for trial in flat]
+    tokens = torch.tensor([len(target) for target in test.targets])
+    if hasattr(objective, "exact"):
+        passes, judged = Passes(lm, test), objective.exact  # type: ignore[attr-defined]
+        nats, exact = score_prompts(passes, prompts, objective) * tokens, score_prompts(passes, prompts, judged) > 0
+    else:
+        found = evaluate(lm, prompts, test)
+        nats, exact, tokens = found.nats, found.exact, found.tokens.long()
     shape = (len(lengths), budget.restarts, len(test))
     labels = {context: i for i, context in enumerate(dict.fromkeys(map(tuple, test.contexts)))}
     return Curve(
         lengths,
-        found.nats.double().numpy().reshape(shape),
-        found.exact.numpy().reshape(shape),
+        nats.double().numpy().reshape(shape),
+        exact.numpy().reshape(shape),
         np.array([[trial.validation for trial in restarts] for restarts in chosen]),
-        found.tokens.long().numpy(),
+        tokens.numpy(),
         np.array([labels[tuple(context)] for context in test.contexts]),
         tuple(tuple((trial.position, trial.lr) for trial in restarts) for restarts in chosen),
         tuple(torch.stack([trial.prompt.vectors.cpu() for trial in restarts]) for restarts in chosen),
@@ -250,6 +259,7 @@ def _filtered(curve: Curve, test: Examples, allowed: Filter | None) -> Curve:
 def _key(lm: LanguageModel, parts: Parts, budget: Budget, objective: Objective, seed: int) -> str:
     """A name for a curve made from all that decides it."""
     data = [[part.contexts, part.targets, part.slots, part.weights] for part in parts]
-    named = getattr(objective, "__qualname__", type(objective).__qualname__)
+    setting: Any = objective
+    named = repr(setting) if is_dataclass(setting) else getattr(setting, "__qualname__", type(setting).__qualname__)
     text = json.dumps([lm.hash, data, asdict(budget), named, seed])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
