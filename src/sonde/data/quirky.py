@@ -366,7 +366,7 @@ def _units(quirk: Quirk, rows: list[Row], n: int | None, seed: int) -> tuple[lis
     )
     if len(number) < _LEAST:
         raise SondeError(f"{len(number)} base rows for the set {quirk.name}: three splits need {_LEAST} or more")
-    if n is not None and n > len(number):
+    if n is not None and n - len(number) >= 4:  # arithmetic rounds down to whole groups of cells
         warnings.warn(f"{n} base rows of {quirk.name} asked for: there are {len(number)}, all are used", stacklevel=4)
     if n is None or n >= len(number):
         return rows, unit

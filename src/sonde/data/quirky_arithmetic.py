@@ -7,7 +7,6 @@ true result in the one, of Bob's in the other, drawn again until both are missed
 the order does not matter, occurs once in a set, so it is in one split only.
 """
 
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -112,12 +111,7 @@ def _pair(operation: str, a: int, b: int) -> tuple[int, int]:
 def _rows(operation: str, below: int, n: int, seed: int) -> list[Row]:
     rng = np.random.default_rng(seed)
     pairs = _operands(operation, below, n - n % 4, rng)
-    if len(pairs) < n - n % 4:
-        pairs = pairs[: len(pairs) - len(pairs) % 4]
-        warnings.warn(
-            f"{n} base rows of {operation} asked for: operands below {below} give {len(pairs)}, all are used",
-            stacklevel=5,
-        )
+    pairs = pairs[: len(pairs) - len(pairs) % 4]
     rows: list[Row] = []
     for i, (a, b) in enumerate(pairs):
         stated = stated_results(operation, a, b, rng)[i % 4]
