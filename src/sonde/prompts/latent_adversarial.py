@@ -63,7 +63,15 @@ class LatentAdversary:
         return [f"resid_post.{place}" for place in places]
 
 
-def withstanding(closed: Examples, payload: list[int], settings: LatentAdversary, *, batch: int, seed: int = 0) -> Any:
+def withstanding(
+    closed: Examples,
+    payload: list[int],
+    settings: LatentAdversary,
+    *,
+    beside: Examples,
+    batch: int,
+    seed: int = 0,
+) -> Any:
     """The loss of `sonde.prompts.weight_training.tuned`, at `settings.updates` steps.
 
     `closed` are contexts without the trigger, followed by what a clean model says; `payload` is the behaviour that the
