@@ -345,10 +345,15 @@ def chart(name: str, made: Any, caption: str) -> "Figure":
 
 def material(items: "Sequence[Choice]") -> Any:
     """What a report says it has read: the number of tokens of the items, and a hash of them."""
+    return material_of([item.prompt for item in items])
+
+
+def material_of(rows: Sequence[Sequence[int]]) -> Any:
+    """The same of token ids of prompts."""
     import hashlib
     from types import SimpleNamespace
 
-    ids = [list(item.prompt) for item in items]
+    ids = [list(row) for row in rows]
     return SimpleNamespace(n_tokens=sum(map(len, ids)), hash=hashlib.sha256(repr(ids).encode()).hexdigest())
 
 

@@ -19,6 +19,7 @@ CHAPTERS = {
     "passage": "Passage",
     "concepts": "Concepts",
     "control": "Control",
+    "knowledge": "Knowledge",
     "cost": "Cost",
 }
 
