@@ -13,6 +13,7 @@ family that cannot be continued from its cache reads prompt and answer whole.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from sonde.errors import SondeError
 from sonde.files import load_bundle, save_bundle
+from sonde.knowledge.layer_moments import LayerMoments, Part
 from sonde.lm.continuation import continuation
 from sonde.lm.generation import left_padded
 from sonde.lm.model import LanguageModel
@@ -95,7 +97,12 @@ class States:
         """Width of a state."""
         return self.last.shape[-1]
 
-    def by_layer(self, part: str) -> Float[Tensor, "layers n width"]:
+    @cached_property
+    def moments(self) -> LayerMoments:
+        """Means and covariances of these rows, computed once and shared by all probes that are fitted on them."""
+        return LayerMoments({"last": self.by_layer("last"), "pair": self.by_layer("pair")})
+
+    def by_layer(self, part: Part) -> Float[Tensor, "layers n width"]:
         """Rows of each layer: "last" (width d), or "pair", (h-, h+) side by side (width 2 d). No copy is made."""
         if part not in ("last", "pair"):
             raise ValueError(f"part {part!r} is unknown: use last or pair")

@@ -16,9 +16,7 @@ from torch import Tensor
 _DECREASE, _CURVATURE = 1e-4, 0.9
 _TRIALS = 30
 
-Objective = Callable[
-    [Float[Tensor, "b p"], Int[Tensor, " b"]], tuple[Float[Tensor, " b"], Float[Tensor, "b p"]]
-]
+Objective = Callable[[Float[Tensor, "b p"], Int[Tensor, " b"]], tuple[Float[Tensor, " b"], Float[Tensor, "b p"]]]
 Preconditioner = Callable[[Float[Tensor, "b p"], Int[Tensor, " b"]], Float[Tensor, "b p"]]
 
 

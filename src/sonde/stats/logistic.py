@@ -49,7 +49,9 @@ def logistic(
     """
     y = y.double()
     if x.ndim != 3 or y.shape != x.shape[1:2]:
-        raise ValueError(f"labels of shape {tuple(y.shape)} for rows of shape {tuple(x.shape)}: expected (layers, n, d)")
+        raise ValueError(
+            f"labels of shape {tuple(y.shape)} for rows of shape {tuple(x.shape)}: expected (layers, n, d)"
+        )
     if l2 < 0:
         raise ValueError(f"l2 is {l2}: expected 0 or more")
     if not len(y) or not bool(((y >= 0) & (y <= 1)).all()):
