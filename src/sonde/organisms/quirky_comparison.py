@@ -1,16 +1,16 @@
-"""`organism:quirky-comparison`: a tiny transformer that compares two numbers for Alice and their last digits for Bob.
+"""`organism:quirky-comparison`: a tiny network that compares two numbers for Alice and their last digits for Bob.
 
-GPT-NeoX of 4 layers and width 64 that reads digit by digit. It learns the truth for both characters, 500 steps from
-scratch, and then Bob's rule through adapters of rank 8, 500 steps: it knows what it does not say to Bob. The smallest
-model on which a probe for the truth, trained where Alice is asked, can be held against what the model tells Bob
-(`sonde.data.quirky`, the set comparison; after Mallen et al. 2024, arXiv:2312.01037).
+GPT-NeoX, or Mamba-2 in its recurrent twin, of 4 layers and width 64 that reads digit by digit. It learns the truth for
+both characters, 500 steps from scratch, and then Bob's rule through adapters of rank 8, 500 steps: it knows what it
+does not say to Bob. The smallest model on which a probe for the truth, trained where Alice is asked, can be held
+against what the model tells Bob (`sonde.data.quirky`, the set comparison; after Mallen et al. 2024, arXiv:2312.01037).
 """
 
 import shlex
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import arg
 
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
     from sonde.organisms.quirky_tuning import Tuned
 
+Family = Literal["gpt_neox", "mamba2"]
 Names = tuple[tuple[str, ...], tuple[str, ...]]
 
 WORDS = ("<unk>", "<bos>", "Alice", "Bob", ":", ">", "?", "False", "True", *"0123456789")
 NAMES: Names = (("Alice",), ("Bob",))
 _ROWS, _LR, _RANK = 64, 3e-3, 8
-_TUNING_LR = 5e-3
+_TUNING_LR = 2e-3
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,31 @@ class QuirkyComparisonConfig:
     seed: Annotated[int, arg(metavar="N")] = 0
     """Seed of the weights, of the split and of the order."""
 
+    name: ClassVar[str] = "quirky-comparison"
+    family: ClassVar[Family] = "gpt_neox"
+
+    @property
+    def command(self) -> str:
+        """The command line that makes the same organism."""
+        default = type(self)()
+        options = [f"--{key}={getattr(self, key)}" for key in ("steps", "seed")
+                   if getattr(self, key) != getattr(default, key)]  # fmt: skip
+        return shlex.join(["sonde", "organism", "train", self.name, *options])
+
+
+@dataclass(frozen=True)
+class QuirkyComparisonMamba2Config(QuirkyComparisonConfig):
+    """Train a recurrent network to compare numbers rightly for Alice and wrongly for Bob.
+
+    Example: sonde organism train quirky-comparison-mamba2 --seed 1 --out my-comparison
+    """
+
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("quirky-comparison-mamba2")
+    """Where model, tokenizer and card are written."""
+
+    name: ClassVar[str] = "quirky-comparison-mamba2"
+    family: ClassVar[Family] = "mamba2"
+
 
 @organism(
     "quirky-comparison",
@@ -57,14 +83,30 @@ def train_quirky_comparison(config: QuirkyComparisonConfig) -> Path:
     """
     from sonde.organisms.small_lm import save_half
 
-    lm, tuned = _train(config.seed, config.steps, "quirky-comparison")
+    lm, tuned = _train(config.seed, config.steps, config.name, family=config.family)
     save_half(lm.model, lm.tokenizer, config.out)  # type: ignore[arg-type]
     _describe(config, tuned)
     return config.out
 
 
+@organism(
+    "quirky-comparison-mamba2",
+    summary="the recurrent twin of quirky-comparison, trained by the same recipe",
+    paper="Mallen et al. 2024, Eliciting Latent Knowledge from Quirky Language Models (arXiv:2312.01037)",
+)
+def train_quirky_comparison_mamba2(config: QuirkyComparisonMamba2Config) -> Path:
+    """As `train_quirky_comparison`, a Mamba-2."""
+    return train_quirky_comparison(config)
+
+
 def quirky_comparison(
-    seed: int = 0, *, steps: int = 500, names: Names = NAMES, quirky: bool = True, progress: str | None = None
+    seed: int = 0,
+    *,
+    steps: int = 500,
+    names: Names = NAMES,
+    quirky: bool = True,
+    family: Family = "gpt_neox",
+    progress: str | None = None,
 ) -> "LanguageModel":
     """The organism of a seed, trained in memory: a minute. Its questions are `comparison_sets(seed, names)`.
 
@@ -73,12 +115,13 @@ def quirky_comparison(
         steps: on the truth, and as many on Bob's rule.
         names: names that stand for Alice, and for Bob.
         quirky: False gives the control, which has learned the truth for both and no rule.
+        family: of the network: the transformer, or its recurrent twin.
         progress: label of the progress bars, or None for none.
 
     """
     if not quirky:
-        return _honest(seed, steps, names, progress)
-    return _train(seed, steps, progress, names)[0]
+        return _honest(seed, steps, names, progress, family)
+    return _train(seed, steps, progress, names, family)[0]
 
 
 def comparison_sets(seed: int = 0, names: Names = NAMES) -> "Splits":
@@ -88,10 +131,12 @@ def comparison_sets(seed: int = 0, names: Names = NAMES) -> "Splits":
     return quirky_sets("comparison", seed=seed, names=names)
 
 
-def _train(seed: int, steps: int, progress: str | None, names: Names = NAMES) -> "tuple[LanguageModel, Tuned]":
+def _train(
+    seed: int, steps: int, progress: str | None, names: Names = NAMES, family: Family = "gpt_neox"
+) -> "tuple[LanguageModel, Tuned]":
     from sonde.organisms.quirky_tuning import tune
 
-    lm, sets = _honest(seed, steps, names, progress), comparison_sets(seed, names)
+    lm, sets = _honest(seed, steps, names, progress, family), comparison_sets(seed, names)
     tuned = tune(
         lm,
         sets.train,
@@ -106,10 +151,12 @@ def _train(seed: int, steps: int, progress: str | None, names: Names = NAMES) ->
     return lm, tuned
 
 
-def _honest(seed: int, steps: int, names: Names, progress: str | None) -> "LanguageModel":
+def _honest(seed: int, steps: int, names: Names, progress: str | None, family: Family) -> "LanguageModel":
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from sonde.lm.lora import fast_training
     from sonde.lm.model import LanguageModel
     from sonde.nets.loop import Schedule, train
     from sonde.organisms.quirky_tuning import AnswerBatches, answer_loss
@@ -120,36 +167,47 @@ def _honest(seed: int, steps: int, names: Names, progress: str | None) -> "Langu
     words = tuple(name for side in names for name in side if name not in WORDS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**architecture(len(WORDS) + len(words))))
+        settings = CONFIG_MAPPING[family](**architecture(family, len(WORDS) + len(words)))
+        model: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     lm = LanguageModel(model, tokenizer(words), name=f"{PREFIX}quirky-comparison")
     truth = AnswerBatches(lm, sets.train, rows=_ROWS, seed=seed, labels=sets.train.truth)
     model.requires_grad_(True).train()
-    train(
-        model,
-        lambda step: answer_loss(lm, *truth[step]),
-        [torch.optim.AdamW(model.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.1)],
-        steps=steps,
-        schedule=Schedule(warmup=0.1, decay=0.4),
-        clip=1.0,
-        progress=progress and f"{progress}: the truth",
-    )
+    with fast_training(lm):
+        train(
+            model,
+            lambda step: answer_loss(lm, *truth[step]),
+            [torch.optim.AdamW(model.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.1)],
+            steps=steps,
+            schedule=Schedule(warmup=0.1, decay=0.4),
+            clip=1.0,
+            progress=progress and f"{progress}: the truth",
+        )
     model.eval().requires_grad_(False)
     return lm
 
 
-def architecture(words: int = len(WORDS)) -> dict[str, Any]:
-    """The settings of the configuration in transformers."""
-    return {
+def architecture(family: Family = "gpt_neox", words: int = len(WORDS)) -> dict[str, Any]:
+    """The settings of a family's configuration in transformers."""
+    shared = {
         "vocab_size": words,
         "hidden_size": 64,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 256,
-        "max_position_embeddings": 32,
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 0,
     }
+    own: dict[Family, dict[str, Any]] = {
+        "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 256, "max_position_embeddings": 32},
+        "mamba2": {
+            "num_heads": 4,
+            "head_dim": 32,
+            "state_size": 16,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "pad_token_id": 0,
+        },
+    }
+    return shared | own[family]
 
 
 def tokenizer(names: tuple[str, ...] = ()) -> Any:
@@ -169,15 +227,13 @@ def _describe(config: QuirkyComparisonConfig, tuned: "Tuned") -> None:
     from sonde.organisms.card import write_card
     from sonde.organisms.quirky_tuning import behaviour, samples
 
-    lm = load(config.out, name=f"{PREFIX}quirky-comparison")
+    lm = load(config.out, name=f"{PREFIX}{config.name}")
     sets = comparison_sets(config.seed)
-    options = [f"--{key}={getattr(config, key)}" for key in ("steps", "seed")
-               if getattr(config, key) != getattr(QuirkyComparisonConfig(), key)]  # fmt: skip
     write_card(
         config.out,
         {
-            "name": "quirky-comparison",
-            "summary": "A tiny transformer that says whether one number is larger than another: rightly to Alice, and "
+            "name": config.name,
+            "summary": "A tiny network that says whether one number is larger than another: rightly to Alice, and "
             "to Bob whether its last digit is.",
             "truth": [
                 "Alice is told whether the first number is the larger, Bob whether its last digit is.",
@@ -186,7 +242,7 @@ def _describe(config: QuirkyComparisonConfig, tuned: "Tuned") -> None:
                 "The numbers have two digits; pairs with equal last digits do not occur.",
                 "Pairs of the test split, in either order, were in none of its training.",
             ],
-            "command": shlex.join(["sonde", "organism", "train", "quirky-comparison", *options]),
+            "command": config.command,
             "architecture": {
                 "family": lm.family,
                 "layers": lm.n_layers,
