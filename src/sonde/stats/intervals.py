@@ -185,7 +185,7 @@ def bootstrap(
         for i in range(draws):
             rows = np.concatenate([parts[j] for j in rng.integers(units, size=units)])
             values[i] = statistic(*(a[rows] for a in data))
-        return _percentile(estimate, values, units, level)
+        return percentile_interval(estimate, values, units, level)
     _check_units(n)
     groups = [np.arange(n)]
     if strata is not None:
@@ -198,7 +198,7 @@ def bootstrap(
             [statistic(*(a[rows] for a in data))] if batched else [statistic(*(a[r] for a in data)) for r in rows]
         )
         found.append(np.asarray(resampled, dtype=np.float64).reshape(size))
-    return _percentile(estimate, np.concatenate(found), n, level)
+    return percentile_interval(estimate, np.concatenate(found), n, level)
 
 
 def _proportion(successes: int, n: int, level: float, method: Literal["wilson", "exact"]) -> Interval:
@@ -242,14 +242,18 @@ def _ratios(
         with np.errstate(divide="ignore", invalid="ignore"):
             values.append(sums[:, :-1] / sums[:, -1:])
     drawn = np.concatenate(values)
-    return [_percentile(float(e), drawn[:, i], units, level) for i, e in enumerate(estimates)]
+    return [percentile_interval(float(e), drawn[:, i], units, level) for i, e in enumerate(estimates)]
 
 
 def _sums(table: Float[np.ndarray, "n k"], label: Int[np.ndarray, " n"], groups: int) -> Float[np.ndarray, "groups k"]:
     return np.stack([np.bincount(label, weights=column, minlength=groups) for column in table.T], axis=1)
 
 
-def _percentile(estimate: float, values: Float[np.ndarray, " draws"], n: int, level: float) -> Interval:
+def percentile_interval(estimate: float, values: Float[np.ndarray, " draws"], n: int, level: float = 0.95) -> Interval:
+    """The interval of an estimate from its values on resamples of `n` units; nan where they are undefined.
+
+    Raises `ValueError` where more than 5 % of them are.
+    """
     defined = values[np.isfinite(values)]
     if len(defined) < (1 - _UNDEFINED) * len(values):
         raise ValueError(
