@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sonde.concepts.estimator import AffineEraser
 from sonde.concepts.statistics import ConceptStatistics
+from sonde.stats.leace_map import column_basis, leace_parts
 from sonde.stats.solve import Root, shrunk
 
 
@@ -72,12 +73,8 @@ class LeaceEraser(AffineEraser):
             root.whiten(statistics.standardised_cross_covariance), statistics, tolerance=self.tolerance
         )
         self.facts = {**facts, **spectrum}
-        self.set_parts(
-            root.colour(basis),
-            root.whiten_adjoint(basis).mH,
-            statistics.mean if self.affine else None,
-            statistics.dtype,
-        )
+        left, right = leace_parts(root, basis)
+        self.set_parts(left, right, statistics.mean if self.affine else None, statistics.dtype)
 
 
 def covariance_root(statistics: ConceptStatistics, *, shrinkage: bool) -> tuple[Root, dict[str, Any]]:
@@ -110,21 +107,13 @@ def concept_basis(
     size that a perfect correlation would have.
     """
     single = statistics.dtype not in (torch.float64, torch.complex128)
-    if tolerance is None:
-        tolerance = 1e-4 if single else 1e-6
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance is {tolerance}: expected a share of the largest correlation, from 0 to 1")
-    u, s, _ = torch.linalg.svd(cross, full_matrices=False)
-    rounding = max(cross.shape) * torch.finfo(torch.float32 if single else torch.float64).eps
-    floor = unit * (1e-8 if single else 1e-12)
-    largest = float(s[0]) if len(s) else 0.0
-    kept = s > max(tolerance * largest, rounding * largest if tolerance == 0 else 0.0, floor)
-    left = s[~kept & (s > max(rounding * largest, floor))]
-    discarded = float(left[0]) / unit if len(left) else 0.0
-    if len(left):
+    found = column_basis(cross, tolerance=tolerance, single=single, unit=unit)
+    discarded = found.largest_left / unit
+    if found.left:
+        given = f" ({tolerance:g})" if tolerance is not None else ""
         warnings.warn(
-            f"{len(left)} of {int(kept.sum()) + len(left)} directions stay, with a correlation of up to "
-            f"{discarded:.3g}: lower tolerance ({tolerance:g}) to take them out",
+            f"{found.left} of {len(found.values) + found.left} directions stay, with a correlation of up to "
+            f"{discarded:.3g}: lower tolerance{given} to take them out",
             stacklevel=5,
         )
-    return u[:, kept], {"singular_values": (s[kept] / unit).tolist(), "largest_discarded": discarded}
+    return found.basis, {"singular_values": (found.values / unit).tolist(), "largest_discarded": discarded}

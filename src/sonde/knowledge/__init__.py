@@ -1,1 +1,1 @@
-"""What a model knows, against what it says: states of contrast pairs, probes, transfer, alarms, and what labels are worth."""
+"""What a model knows, against what it says: probes, their transfer, alarms, and what labels are worth."""

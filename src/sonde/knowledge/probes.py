@@ -128,7 +128,7 @@ class FittedProbe:
     def calibrated(
         self, states: States, labels: ArrayLike | Tensor, *, signs: Signs = "platt", templates: ArrayLike | None = None
     ) -> "FittedProbe":
-        """This probe with its sign from trusted labels (0, 1, or -1 for unknown), and with "platt" its scale too.
+        """The probe with its sign from trusted labels (0, 1, or -1 for unknown), and with "platt" its scale too.
 
         Where the labels are of one class they decide nothing: the probe comes back with `sign_known` False and the
         reason among its facts.

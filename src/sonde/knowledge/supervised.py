@@ -1,4 +1,6 @@
-"""Probes that learn from labels. With means mu0, mu1 of the false and the true rows and S the covariance within them:
+"""Probes that learn from labels, at all layers at once.
+
+With mu0, mu1 the means of the false and the true rows and S the covariance within them:
 
 logr            minimises the mean log-loss of x . w + b plus l2 |w|² (`sonde.stats.logistic`), l2 = 0.001
 diff-in-means   w = mu1 - mu0 at unit length, b puts 0 half-way between the means

@@ -77,7 +77,7 @@ def leace_maps(
 def class_cross_covariance(
     means: Float[Tensor, "layers k d"], counts: Float[Tensor, " k"]
 ) -> Float[Tensor, "layers d k"]:
-    """Cov(x, z / std z) of every layer for classes with these means and numbers of rows; classes without rows give 0."""
+    """Cov(x, z / std z) of every layer for classes with these means and numbers of rows; an empty class gives 0."""
     share = counts / counts.sum()
     apart = means - (share @ means)[:, None]
     return (share.sqrt()[:, None] * apart).mT

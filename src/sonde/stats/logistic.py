@@ -24,7 +24,7 @@ _DEAD = 1e-7  # of the largest deviation
 
 @dataclass(frozen=True)
 class Logistic:
-    """`weight` and `bias` in the units of the rows, the `loss` (with penalty), `steps`, and whether they `converged`."""
+    """Of each layer: `weight` and `bias` in the units of the rows, the `loss` with its penalty, steps, convergence."""
 
     weight: Float[Tensor, "layers d"]
     bias: Float[Tensor, " layers"]
