@@ -38,7 +38,7 @@ def test_weights_do_what_repeated_rows_do(seed):
     scores = rng.integers(0, 4, size=12).astype(float)
     truth = rng.permutation(np.arange(12) < 5)
     counts = rng.integers(0, 3, size=(3, 12))
-    found = weighted_auroc(ScoredRows(scores, truth, np.arange(12)), counts)
+    found = weighted_auroc(ScoredRows(scores, truth, np.arange(12)), counts.T)
     for value, weights in zip(found, counts, strict=True):
         y = np.repeat(truth, weights)
         if y.any() and not y.all():

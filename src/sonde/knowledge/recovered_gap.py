@@ -90,18 +90,26 @@ def mean_auroc(models: Sequence[ScoredRows], *, draws: int = 1000, seed: int = 0
     return _interval(_draws(three, draws, seed)[0], _units(three), level)
 
 
-def weighted_auroc(rows: ScoredRows, counts: Int[np.ndarray, "draws n"]) -> Float[np.ndarray, " draws"]:
-    """AUROC of rows that count several times, for each row of `counts`; nan where a class has no weight."""
+def weighted_auroc(rows: ScoredRows, counts: Int[np.ndarray, "units draws"]) -> Float[np.ndarray, " draws"]:
+    """AUROC in resamples: `counts` says how often each base row, in the order of `np.unique`, is in each of them.
+
+    nan where a class has no row.
+    """
     values, place = np.unique(rows.scores, return_inverse=True)
     order = np.argsort(place, kind="stable")
-    edges = np.searchsorted(place[order], np.arange(len(values)))
-    weights = counts[:, order].astype(np.float64)
-    positive = np.add.reduceat(weights * rows.truth[order], edges, axis=1)
-    negative = np.add.reduceat(weights * ~rows.truth[order], edges, axis=1)
-    # negatives below a value, and half of those that tie with it
-    below = negative.cumsum(1) - negative / 2
+    unit = np.unique(rows.bases, return_inverse=True)[1][order]
+    truth = rows.truth[order]
+    weights = counts.astype(np.float32)[unit]
+    negative = np.where(truth[:, None], 0, weights)
+    below = negative.cumsum(0, dtype=np.float64)
+    if len(values) < len(order):
+        # negatives below a value, and half of those that tie with it
+        edges = np.searchsorted(place[order], np.arange(len(values)))
+        tied = np.add.reduceat(negative, edges, axis=0)
+        below = (tied.cumsum(0, dtype=np.float64) - tied / 2)[place[order]]
+    positive = weights[truth]
     with np.errstate(invalid="ignore"):
-        return (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+        return np.einsum("nd,nd->d", positive, below[truth]) / (positive.sum(0) * negative.sum(0)).astype(np.float64)
 
 
 def _draws(models: Sequence[Sequence[ScoredRows]], draws: int, seed: int) -> Float[np.ndarray, "k draws"]:
@@ -111,8 +119,8 @@ def _draws(models: Sequence[Sequence[ScoredRows]], draws: int, seed: int) -> Flo
     for parts in models:
         names = np.unique(np.concatenate([one.bases for one in parts]))
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
-        counts = np.concatenate([np.ones((1, len(names)), dtype=np.int64), drawn])
-        found.append(np.stack([weighted_auroc(one, counts[:, np.searchsorted(names, one.bases)]) for one in parts]))
+        counts = np.concatenate([np.ones((1, len(names)), dtype=np.int64), drawn]).T
+        found.append(np.stack([weighted_auroc(one, counts[np.isin(names, one.bases)]) for one in parts]))
     return np.mean(found, axis=0)
 
 
