@@ -40,32 +40,32 @@ class LabelSource:
     """Who labels rows of the pool, at which price: a small model, a heuristic, a crowd, an expert.
 
     labels: `[pool C]` probabilities in float32; a row of nan is one that this source cannot be asked about.
+    test_labels: what it says of the test rows, `[test C]`, or None: to score the source itself, never to train on.
     """
 
     name: str
     price: Fraction
     labels: Float[Tensor, "pool C"]
+    test_labels: Float[Tensor, "test C"] | None = None
 
     @classmethod
-    def of(cls, name: str, labels: ArrayLike | Tensor, *, price: Price, classes: int = 2) -> "LabelSource":
+    def of(
+        cls,
+        name: str,
+        labels: ArrayLike | Tensor,
+        *,
+        price: Price,
+        classes: int = 2,
+        test_labels: ArrayLike | Tensor | None = None,
+    ) -> "LabelSource":
         """A source from probabilities `[pool]` of class 1, probabilities `[pool C]`, or whole numbers (classes).
 
         Whole numbers must be of an integer type, so that a column of classes is not taken for probabilities; nan marks
         what cannot be asked. Raises `SondeError`, naming the source, for values outside [0, 1], rows that do not add up
         to 1, class numbers from `classes` on, and a negative price.
         """
-        given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-        if given.dtype.kind in "iub" and given.ndim == 1:
-            worst = int(given.max(initial=0)), int(given.min(initial=0))
-            if worst[0] >= classes or worst[1] < 0:
-                raise SondeError(
-                    f"label source {name!r} holds class {worst[0] if worst[0] >= classes else worst[1]}, but there are "
-                    f"{classes} classes, 0 to {classes - 1}: give probabilities in [0, 1], or say how many classes"
-                )
-            table = np.eye(classes, dtype=np.float32)[given.astype(np.int64)]
-        else:
-            table = _probabilities(name, given.astype(np.float64), classes)
-        return cls(name, exact_price(price, name), torch.from_numpy(np.ascontiguousarray(table, dtype=np.float32)))
+        test = None if test_labels is None else _table(name, test_labels, classes)
+        return cls(name, exact_price(price, name), _table(name, labels, classes), test)
 
     @property
     def available(self) -> np.ndarray:
@@ -323,6 +323,22 @@ def log_odds(labels: Float[Tensor, "n C"], *, floor: float = 1e-6) -> Float[Tens
     """Scores that say what the probabilities say: log-odds `[n]` of class 1 for two classes, else log p `[n C]`."""
     logs = labels.double().clamp(floor, 1 - floor).log()
     return logs[:, 1] - logs[:, 0] if labels.shape[1] == 2 else logs
+
+
+def _table(name: str, labels: ArrayLike | Tensor, classes: int) -> Float[Tensor, "n C"]:
+    """Labels in any form as probabilities of every class."""
+    given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if given.dtype.kind in "iub" and given.ndim == 1:
+        worst = int(given.max(initial=0)), int(given.min(initial=0))
+        if worst[0] >= classes or worst[1] < 0:
+            raise SondeError(
+                f"label source {name!r} holds class {worst[0] if worst[0] >= classes else worst[1]}, but there are "
+                f"{classes} classes, 0 to {classes - 1}: give probabilities in [0, 1], or say how many classes"
+            )
+        table = np.eye(classes, dtype=np.float32)[given.astype(np.int64)]
+    else:
+        table = _probabilities(name, given.astype(np.float64), classes)
+    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.float32))
 
 
 def _probabilities(name: str, given: np.ndarray, classes: int) -> np.ndarray:

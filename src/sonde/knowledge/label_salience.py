@@ -1,8 +1,8 @@
 """Is the truth easier to learn from these features than the weak labeller's rule? Two learning curves, one ratio.
 
-Each concept is learned on its first n rows, n growing in steps, and the divergence of the prediction from it is taken on
-rows that were held out: KL(y || p) in nats, for hard labels the cross-entropy. The area under that curve over log n, as
-a share of the constant curve of chance, is low for a concept that is salient. Relative salience is the ratio of the
+Each concept is learned on its first n rows, n growing in steps, and the divergence of the prediction from it is taken
+on rows that were held out: KL(y || p) in nats, for hard labels the cross-entropy. The area under that curve over log n,
+as a share of the constant curve of chance, is low for a concept that is salient. Relative salience is the ratio of the
 weak rule's area to the truth's: above 1 the truth is learned sooner, so few oracle labels go far.
 """
 

@@ -53,8 +53,8 @@ def planted_task(
         test_features=x[pool:].float(),
         test_truth=truth[pool:].numpy(),
         sources=[
-            LabelSource.of("weak", weak[:pool], price=weak_price),
-            LabelSource.of("oracle", truth[:pool], price=1),
+            LabelSource.of("weak", weak[:pool], price=weak_price, test_labels=weak[pool:]),
+            LabelSource.of("oracle", truth[:pool], price=1, test_labels=truth[pool:]),
         ],
         name="planted task",
     )
