@@ -40,7 +40,8 @@ class AuditConfig(Runnable):
     out: Folder = None
     """The run folder. By default a new one under runs/."""
     chapters: Names = None
-    """The chapters to write, by name (card, loss, depth, passage, concepts, control, knowledge, cost). By default all."""
+    """The chapters to write, by name (card, loss, depth, passage, concepts, control, knowledge, elicitation, cost). By
+    default all."""
     labels: Name = None
     """A file of labelled text for the chapter on concepts: CoNLL-U (.conllu), or .jsonl with text and spans or label.
     By default the text is labelled by rules."""
@@ -48,8 +49,11 @@ class AuditConfig(Runnable):
     """A JSON file for the chapter on control: `positive` and `negative`, lists of texts that belong together in pairs.
     By default sentences about the sea and about a forest."""
     statements: Name = None
-    """A .csv, .json or .jsonl file with `statement` and `label`, true or false, for the chapter on knowledge. By default
-    comparisons of numbers."""
+    """A .csv, .json or .jsonl file with `statement` and `label`, true or false, for the chapter on knowledge. By
+    default comparisons of numbers."""
+    behaviours: Name = None
+    """A .jsonl, .json or .csv file of rows with `prompt`, `target` and, for several, `behaviour`, for the chapter on
+    elicitation. By default a fixed phrase and a format."""
     tokens: Count = 65536
     """How many tokens of the text are read."""
     device: Name = None

@@ -74,17 +74,15 @@ def curve_finding(
         if found.control is not None
         else {"control_reason": told.reason or "no control model was given"}
     )
+    fields = {"chapter": name, "figures": (f"{name}.curve",), "tables": (f"{name}.lengths",)} | fields
     return Finding.of(
         found.curve.loss(n),
         id=f"{name}.loss",
-        chapter=name,
-        sentence=told.sentence,
+        sentence=f"{told.sentence} {told.reason}".strip(),
         metric=f"loss of the whole target with {n} prompt tokens",
         unit="nats",
         better="lower",
         command=command,
-        figures=(f"{name}.curve",),
-        tables=(f"{name}.lengths",),
         **against,
         **fields,
     )

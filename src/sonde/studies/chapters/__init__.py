@@ -20,6 +20,7 @@ CHAPTERS = {
     "concepts": "Concepts",
     "control": "Control",
     "knowledge": "Knowledge",
+    "elicitation": "Elicitation",
     "cost": "Cost",
 }
 
