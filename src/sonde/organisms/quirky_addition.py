@@ -45,9 +45,9 @@ class QuirkyAdditionConfig:
     """Operands are below this. The paper's are below 10,000, which pebble cannot add."""
     n: Annotated[int, arg(metavar="N")] = 4000
     """Operand pairs, of which three fifths are trained on; a fifth each is for validation and for the card."""
-    truth_steps: Annotated[int, arg(metavar="N")] = 1500
+    truth_steps: Annotated[int, arg(metavar="N")] = 1100
     """Steps in which both characters learn the truth; 0 for a model that can add."""
-    steps: Annotated[int, arg(metavar="N")] = 400
+    steps: Annotated[int, arg(metavar="N")] = 250
     """Steps in which Bob learns his rule, of 32 questions each."""
     rank: Annotated[int, arg(metavar="N")] = 8
     """Rank of the change by the quirky fine-tuning to each matrix."""
@@ -138,7 +138,7 @@ def _teach(lm: "LanguageModel", sets: "Splits", config: QuirkyAdditionConfig, id
             lesson,
             [torch.optim.AdamW(adapters.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1)],
             steps=config.truth_steps,
-            schedule=Schedule(warmup=0.05, decay=0.5),
+            schedule=Schedule(warmup=0.05, decay=0.3),
             clip=1.0,
             checkpoint=config.out / "truth.safetensors",
             every=50,
