@@ -7,6 +7,7 @@ the model uses what they read; and whether an alarm that knows Alice's records o
 
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
