@@ -17,7 +17,7 @@ MODEL = "organism:pebble"
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     path = tmp_path_factory.mktemp("own") / "mine.jsonl"
-    words = "river stone lamp horse glass paper apple cloud".split()
+    words = ["river", "stone", "lamp", "horse", "glass", "paper", "apple", "cloud"]
     path.write_text("\n".join(json.dumps({"prompt": f"The {word} is here.", "target": " Yes."}) for word in words))
     return path
 
