@@ -32,8 +32,9 @@ def two_wishes(lm: LanguageModel) -> Examples:
 def sure() -> LanguageModel:
     """A model that is sure of what it says, as a trained one is."""
     model = families.tiny("gpt_neox")
-    model.get_output_embeddings().weight.mul_(4)
-    return LanguageModel(model, name="sure")
+    lm = LanguageModel(model, name="sure")
+    lm.structure.head.weight.mul_(4)
+    return lm
 
 
 @pytest.mark.parametrize("layers", [0, 2])

@@ -13,10 +13,10 @@ from sonde.prompts.conditional import PromptGenerator
 from sonde.prompts.evaluation import evaluate
 from sonde.prompts.examples import Examples
 from sonde.prompts.formats import save_peft
-from sonde.prompts.soft_prompt import SoftPrompt
+from sonde.prompts.soft_prompt import Position, SoftPrompt
 
 
-def prompt(lm: LanguageModel, position="suffix") -> SoftPrompt:
+def prompt(lm: LanguageModel, position: Position = "suffix") -> SoftPrompt:
     noise = 0.1 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     return SoftPrompt(SoftPrompt.from_tokens(lm, [4, 5, 6]).vectors + noise, position, {"lr": 0.3, "steps": 10})
 

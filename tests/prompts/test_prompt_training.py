@@ -1,6 +1,7 @@
 """Training prompts: one batch is many runs, the model stays as it is, and whatever happens is said and resumed."""
 
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
@@ -40,7 +41,7 @@ def test_training_comes_within_a_hundredth_of_a_nat_of_a_planted_hard_prompt(fam
 
 def test_a_grid_in_one_batch_is_its_entries_one_by_one() -> None:
     lm, given = families.model("gpt_neox"), examples()
-    options = {"validation": given, "restarts": 1, "steps": 5, "batch": 4}
+    options: dict[str, Any] = {"validation": given, "restarts": 1, "steps": 5, "batch": 4}
     grid = train_prompts(lm, given, lengths=(1, 3), positions=("prefix", "suffix"), lrs=(0.1, 0.3), **options)
     for trial in grid:
         (alone,) = train_prompts(
@@ -106,7 +107,14 @@ def test_training_ends_when_every_prompt_is_stopped() -> None:
 
 def test_an_interrupted_training_ends_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, given = families.model("gpt_neox"), examples()
-    options = {"validation": given, "lengths": (1, 2), "restarts": 2, "steps": 8, "batch": 3, "positions": ("random",)}
+    options: dict[str, Any] = {
+        "validation": given,
+        "lengths": (1, 2),
+        "restarts": 2,
+        "steps": 8,
+        "batch": 3,
+        "positions": ("random",),
+    }
     whole = train_prompts(lm, given, **options)
 
     def dies(bank, loss, optimizers, **settings):
@@ -141,7 +149,9 @@ def test_a_fifth_of_the_contexts_is_held_out_when_nothing_is_given() -> None:
 
 def test_an_empty_grid_is_refused() -> None:
     lm = families.model("gpt_neox")
-    for wrong in ({"lengths": ()}, {"restarts": 0}, {"steps": 0}, {"lrs": (-1.0,)}, {"lengths": (-1,)}):
+    wrongs: tuple[dict[str, Any], ...]
+    wrongs = ({"lengths": ()}, {"restarts": 0}, {"steps": 0}, {"lrs": (-1.0,)}, {"lengths": (-1,)})
+    for wrong in wrongs:
         with pytest.raises(SondeError, match="nothing to train"):
             train_prompts(lm, examples(), **wrong)
     with pytest.raises(SondeError, match="a prompt of 126 and 8 tokens of text are 134, more than the 128 positions"):

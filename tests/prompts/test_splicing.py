@@ -14,7 +14,7 @@ from sonde.prompts.evaluation import evaluate
 from sonde.prompts.examples import Examples
 from sonde.prompts.generation import generate
 from sonde.prompts.passes import Passes, Rows, pieces
-from sonde.prompts.soft_prompt import SoftPrompt, embedded, embedding_rms
+from sonde.prompts.soft_prompt import Position, SoftPrompt, embedded, embedding_rms
 
 HARD = [11, 50, 7]
 POSITIONS = ("prefix", "suffix", 2, "random", "slot")
@@ -108,7 +108,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(lengths: list[int], seed: i
     lm = families.model("llama")
     passes = Passes(lm, ragged(), cached=False)
     bank = embedded(lm, families.tokens(1, 20, seed=seed)[0])
-    rows = passes.rows([2, 0, 1], lengths, ["random"] * len(lengths), generator=torch.Generator().manual_seed(seed))
+    anywhere: list[Position] = ["random"] * len(lengths)
+    rows = passes.rows([2, 0, 1], lengths, anywhere, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         together = passes.score(bank, rows).nats
         for i in range(len(rows)):
@@ -135,7 +136,9 @@ def test_random_places_stay_four_tokens_before_the_end_of_the_context() -> None:
 
 
 def test_prompts_stay_in_float32_beside_half_precision_weights() -> None:
-    lm = LanguageModel(families.tiny("llama").to(torch.bfloat16))
+    model = families.tiny("llama")
+    model.bfloat16()
+    lm = LanguageModel(model)
     passes = Passes(lm, ragged())
     bank = embedded(lm, torch.tensor(HARD)).requires_grad_()
     scored = passes.score(bank, passes.rows([0, 1, 2], [3], ["suffix"]))

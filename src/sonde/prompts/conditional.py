@@ -56,7 +56,8 @@ class PromptGenerator(nn.Module):
         super().__init__()
         if min(k, n, hidden) < 1 or layers < 0:
             raise SondeError(f"a generator of {n} vectors from {k} numbers with {layers} layers of {hidden} is none")
-        self.k, self.n, self.hidden, self.layers, self.position = k, n, hidden, layers, position
+        self.k, self.n, self.hidden, self.layers = k, n, hidden, layers
+        self.position: Position = position
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.first = nn.Linear(k, n * hidden)

@@ -16,7 +16,7 @@ from sonde.lm.chunked import faster_scans
 from sonde.lm.model import LanguageModel
 from sonde.prompts.examples import Examples
 from sonde.prompts.passes import Passes, pieces
-from sonde.prompts.soft_prompt import SoftPrompt
+from sonde.prompts.soft_prompt import Position, SoftPrompt
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def evaluate(
         prompt.fits(lm)
     passes = passes or Passes(lm, examples)
     bank = torch.cat([prompt.vectors.to(lm.device) for prompt in prompts])
-    lengths, positions = [len(prompt) for prompt in prompts], [prompt.position for prompt in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    positions: list[Position] = [prompt.position for prompt in prompts]
     found = torch.zeros(4, len(prompts), len(passes.examples))
     tokens = torch.zeros(len(passes.examples))
     generator = torch.Generator().manual_seed(seed)

@@ -90,7 +90,9 @@ class Examples:
         after = [targets] * len(conversations) if isinstance(targets, str) else list(targets)
         contexts, slots = [], []
         for i, messages in enumerate(conversations):
-            text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+            text = str(
+                tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+            )
             if text.count(MARK) != 1:
                 raise SondeError(f"conversation {i} has {text.count(MARK)} marks {MARK}: write exactly one")
             before, behind = (_plain(lm, part) for part in text.split(MARK))

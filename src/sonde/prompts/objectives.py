@@ -10,7 +10,7 @@ A function of `Scored` (logits, labels, weights, slots) is an objective. One tha
 so with `wanted(scored)`, one that trains on the model's own text with `rollout`; see `sonde.prompts.rewards`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -176,13 +176,17 @@ def wanted_by(objective: Objective, scored: int) -> Bool[Tensor, " scored"] | No
     return objective.wanted(scored) if isinstance(objective, Selective) else None
 
 
+def on_own_text(objective: Objective) -> OnOwnText | None:
+    """The objective, where it is scored on text that the model writes."""
+    return objective if isinstance(objective, OnOwnText) else None
+
+
 def _mean(values: Float[Tensor, "rows scored"], weights: Float[Tensor, "rows scored"]) -> Float[Tensor, " rows"]:
     return (values * weights).sum(-1) / weights.sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def checked(values: Tensor, rows: Sequence[int] | int) -> Float[Tensor, " rows"]:
-    """What a user's objective returned; `SondeError` unless it is one number a row."""
-    n = rows if isinstance(rows, int) else len(rows)
+def checked(values: Tensor, n: int) -> Float[Tensor, " rows"]:
+    """What an objective returned for n rows; `SondeError` unless it is one number for each."""
     if not isinstance(values, Tensor) or values.shape != (n,):
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise SondeError(f"an objective gives one number a row, ({n},), not {got}")

@@ -150,7 +150,7 @@ class Passes:
         if examples.weights is not None:
             self._weights = torch.tensor([[*row, *[0.0] * (size - len(row))] for row in examples.weights])
         self._slots = None if examples.slots is None else torch.tensor(examples.slots)
-        self._pasts: OrderedDict[tuple[Position, tuple[int, ...]], Past] = OrderedDict()
+        self._pasts: OrderedDict[tuple[Position, tuple[int, ...]], tuple[Past, int]] = OrderedDict()
 
     def keeps(self, position: Position) -> bool:
         """Whether what stands before prompts of this position is computed once."""
@@ -311,10 +311,10 @@ class Passes:
             with torch.no_grad(), _without_logits(self.lm):
                 past = self.lm(tokens, mask, use_cache=True).past
             assert past is not None
-            self._pasts[key] = past
-            while sum(_bytes(kept) for kept in self._pasts.values()) > _KEPT_BYTES and len(self._pasts) > 1:
+            self._pasts[key] = (past, _bytes(past))
+            while sum(size for _, size in self._pasts.values()) > _KEPT_BYTES and len(self._pasts) > 1:
                 self._pasts.popitem(last=False)
-        return self._pasts[key].select(rows.member)
+        return self._pasts[key][0].select(rows.member)
 
     def batches(self, size: int, *, seed: int | None = None) -> list[list[int]]:
         """The examples in batches: the same ones every time, so that what stands before a prompt is kept for them.
@@ -334,8 +334,8 @@ class Passes:
 
 
 def _bytes(past: Past) -> int:
-    cache = past.cache
-    return sum(t.numel() * t.element_size() for layer in range(cache.n_layers) for t in cache._tensors(layer).values())
+    layers = range(past.cache.n_layers)
+    return sum(t.numel() * t.element_size() for layer in layers for t in past.cache.read(layer).values())
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "rows length"]:

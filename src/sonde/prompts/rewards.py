@@ -147,4 +147,6 @@ def _ended(lm: LanguageModel, drawn: list[list[int]], tokens: int) -> list[list[
     end = stated[0] if isinstance(stated, list) else stated
     if end is None and lm.tokenizer is not None:
         end = lm.tokenizer.eos_token_id
-    return [row if len(row) == tokens or end is None else [*row, end] for row in drawn]
+    if not isinstance(end, int):
+        return drawn
+    return [row if len(row) == tokens else [*row, end] for row in drawn]

@@ -25,7 +25,7 @@ from sonde.lm.model import LanguageModel
 from sonde.nets.loop import Schedule, train
 from sonde.prompts.examples import Examples
 from sonde.prompts.generation import sampled
-from sonde.prompts.objectives import Objective, OnOwnText, checked, cross_entropy, wanted_by
+from sonde.prompts.objectives import Objective, checked, cross_entropy, on_own_text, wanted_by
 from sonde.prompts.passes import Passes, Rows, pieces
 from sonde.prompts.soft_prompt import Position, SoftPrompt, check_position, embedding_rms, sampled_rows, width
 
@@ -183,7 +183,8 @@ def score_prompts(
     bank = torch.cat([prompt.vectors.to(passes.lm.device) for prompt in prompts])
     found = torch.zeros(len(prompts), len(passes.examples))
     generator = torch.Generator().manual_seed(seed)
-    lengths, positions = [len(prompt) for prompt in prompts], [prompt.position for prompt in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    positions: list[Position] = [prompt.position for prompt in prompts]
     with torch.no_grad():
         for members in passes.batches(batch):
             for group in passes.grouped(members, lengths, positions, generator=generator):
@@ -197,9 +198,10 @@ def objective_values(
     passes: Passes, bank: Tensor, rows: Rows, objective: Objective, seed: int
 ) -> Iterator[tuple[Rows, Float[Tensor, " rows"]]]:
     """The objective of rows under the current grad mode, part by part; on own text where the objective wants that."""
-    if isinstance(objective, OnOwnText):
+    own = on_own_text(objective)
+    if own is not None:
         with torch.no_grad():
-            rows = objective.rollout(rows, partial(sampled, passes, bank.detach(), seed=seed), passes)
+            rows = own.rollout(rows, partial(sampled, passes, bank.detach(), seed=seed), passes)
     for part in pieces(rows, passes.lm):
         scored = passes.score(bank, part, wanted=wanted_by(objective, part.weights.shape[1]))
         yield part, checked(objective(scored), len(part)).float()
@@ -258,7 +260,8 @@ class _Loop:
         self.steps, self.seed = steps, seed
         self.rms = embedding_rms(passes.lm)
         self.bank = _Bank(starts, steps)
-        self.lengths, self.positions = [place.length for place in stage], [place.position for place in stage]
+        self.lengths = [place.length for place in stage]
+        self.positions: list[Position] = [place.position for place in stage]
         self.batches = passes.batches(batch, seed=seed)
         self.validated = {round((i + 1) * steps / often) for i in range(often)} | {steps}
 
