@@ -141,6 +141,13 @@ def test_fewer_rows_than_features_are_shrunk_and_said():
         Mahalanobis().fit(normal(9, 8))
 
 
+def test_a_layer_without_spread_says_nothing():
+    rows, other = normal(40, layers=2), normal(9, seed=1, layers=2)
+    rows[1], other[1] = 3 + 1e-8 * rows[1], 3 + 1e-8 * other[1]
+    found = Mahalanobis().fit(rows).score(other)
+    assert (found[1] == 0).all() and (found[0] > 0).all()
+
+
 def test_quantum_entropy_is_mahalanobis_at_both_limits():
     trusted, rows = normal(300), normal(50, seed=1)
     distance = Mahalanobis().fit(trusted).score(rows)
@@ -338,7 +345,7 @@ def test_what_no_detector_can_score_is_refused(name):
         (lambda: LocalOutlierFactor(0), "neighbors is 0"),
         (lambda: LocalOutlierFactor().fit(normal(20)), "20 trusted rows are too few for a local outlier factor of 20"),
         (lambda: Mahalanobis().fit(normal(1)), "1 trusted rows are too few for Mahalanobis: give at least 2"),
-        (lambda: Mahalanobis().fit(np.ones((30, 2))), "all rows of layer 0 are equal"),
+        (lambda: Mahalanobis().fit(np.ones((30, 2))), "all rows are equal"),
         (lambda: CouplingFlow().fit(normal(9)), "9 trusted rows are too few for CouplingFlow"),
         (lambda: QuantumEntropy().fit(normal(9)).score(normal(1), normal(1)), "1 untrusted row says nothing"),
     ],

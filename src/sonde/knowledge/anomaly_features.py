@@ -33,6 +33,8 @@ ABLATIONS = ("mean", "zero", "components", "gradient")
 SITES = ("mixer_out.*", "mlp_out.*", "resid_post.*")
 """Where effects are measured unless told otherwise; a family without one of these kinds is measured at the others."""
 
+_ROUNDING = 1e-6
+
 Answers = Sequence[tuple[Answer, Answer]] | tuple[Answer, Answer]
 
 
@@ -146,7 +148,7 @@ def look(
     if encoders is not None:
         rows["codes"] = [codes(side, encoders) for side in stream]
     return Looked(
-        tuple(Feature(name, *pair, sparse=name == "codes") for name, pair in rows.items() if pair),
+        tuple(Feature(name, *pair, sparse=name == "codes") for name, given in rows.items() if (pair := _varied(given))),
         *(side.lm_log_odds for side in states),
     )
 
@@ -284,6 +286,18 @@ def effects(
                 on_probe[layer - 1, numbers] = ablations.effects(passed.values, slope)["mean"][..., 0].T.cpu()
             bar.update(len(numbers))
     return Effects(found.pop("values"), found, None if probe is None else on_probe)
+
+
+def _varied(rows: list[Tensor]) -> list[Tensor]:
+    """Trusted and test features without the layers at which all trusted inputs are alike, up to rounding.
+
+    A block's MLP at the last token, for one, sees nothing of the prompt in a model that reads its position elsewhere.
+    """
+    if not rows or rows[0].ndim == 2:
+        return rows
+    spread, size = rows[0].std(1).amax(-1), rows[0].square().mean((1, 2)).sqrt()
+    kept = spread > _ROUNDING * size
+    return [part[kept] for part in rows] if bool(kept.any()) else []
 
 
 class _Pass:

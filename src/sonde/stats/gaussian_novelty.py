@@ -27,6 +27,7 @@ from sonde.stats.moments import Moments
 from sonde.stats.solve import shrunk
 
 _RCOND = 1e-3
+_ROUNDING = 1e-6  # a standard deviation below this share of the length of the rows is no spread
 _FLOOR = 1e-6  # variance added to untrusted rows, in units of the trusted variance
 _SHARE = 1e-4  # responsibilities that move less than this have converged
 _LEAST_WEIGHT = 2.0  # rows that a second Gaussian needs
@@ -34,7 +35,7 @@ _LEAST_WEIGHT = 2.0  # rows that a second Gaussian needs
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Means and eigendecomposed covariances of rows, by layer; `kept` are the eigenvalues above rcond."""
+    """Means and eigendecomposed covariances of rows, by layer; `kept` are the eigenvalues above rcond and rounding."""
 
     mean: Float[Tensor, "layers d"]
     covariance: Float[Tensor, "layers d d"]
@@ -44,7 +45,7 @@ class Gaussian:
 
     @staticmethod
     def of(rows: Float[Tensor, "layers n d"], *, rcond: float = _RCOND, ridge: float = 0.0) -> "Gaussian":
-        """The Gaussian of rows, with `ridge` added to the variances. Raises `SondeError` for rows that are all equal.
+        """The Gaussian of rows, with `ridge` added to the variances. Raises `SondeError` where all rows are equal.
 
         Where there are no more rows than features and no ridge, the covariance is shrunk, with a warning.
         """
@@ -66,11 +67,13 @@ class Gaussian:
     def with_moments(
         mean: Float[Tensor, "layers d"], covariance: Float[Tensor, "layers d d"], *, rcond: float = _RCOND
     ) -> "Gaussian":
-        """The Gaussian of given moments. Raises `SondeError` for a covariance of zeros."""
+        """The Gaussian of given moments. Raises `SondeError` where no layer has a spread beyond rounding."""
         values, vectors = torch.linalg.eigh(covariance)
-        if not bool((values[:, -1] > 0).all()):
-            raise SondeError(f"all rows of layer {int(values[:, -1].argmin())} are equal, so they have no covariance")
-        return Gaussian(mean, covariance, values, vectors, values > rcond * values[:, -1:])
+        size = mean.square().sum(-1) + covariance.diagonal(dim1=1, dim2=2).sum(-1)
+        kept = values > torch.maximum(rcond * values[:, -1:], _ROUNDING**2 * size[:, None])
+        if not bool(kept.any()):
+            raise SondeError("all rows are equal, so they have no covariance")
+        return Gaussian(mean, covariance, values, vectors, kept)
 
     def whitened(self, rows: Float[Tensor, "layers n d"]) -> Float[Tensor, "layers n d"]:
         """Coordinates of mean 0 and covariance 1 along the kept principal directions, 0 along the others."""
