@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from sonde.stats.intervals import bootstrap
-from sonde.stats.ranks import auroc, kendall, midranks, rank_of, spearman
+from sonde.stats.ranks import auroc, auroc_interval, auroc_intervals, kendall, midranks, rank_of, spearman
 
 quick = settings(max_examples=80, deadline=None)
 tied = st.integers(2, 25).flatmap(lambda n: hnp.arrays(np.float64, (2, n), elements=st.integers(-4, 4).map(float)))
@@ -75,6 +75,44 @@ def test_bootstrapped_auroc_holds_the_true_one():
     assert 0.1 < interval.high - interval.low < 0.2
 
 
+def scored(n=240, layers=3):
+    rng = np.random.default_rng(2)
+    labels = rng.random(n) < 0.4
+    return np.round(rng.normal(size=(layers, n)) + labels, 1), labels
+
+
+def test_interval_without_sorting_is_the_bootstraps():
+    scores, labels = scored()
+    ours = auroc_intervals(scores, labels, draws=1000)
+    for row, interval in zip(scores, ours, strict=True):
+        plain = bootstrap(auroc, row, labels, draws=1000, seed=1)
+        assert interval.estimate == pytest.approx(roc_auc_score(labels, row), abs=1e-12)
+        assert interval.bounds == pytest.approx(plain.bounds, abs=0.012)
+        assert interval.n == 240
+
+
+def test_resampled_auroc_is_that_of_the_repeated_rows():
+    from sonde.stats.ranks import _Ordered
+
+    scores, labels = scored(30, 1)
+    counts = np.random.default_rng(0).integers(0, 3, size=(5, 30)).astype(float)
+    found = _Ordered.of(scores[0], labels).auroc(counts)
+    for own, value in zip(counts.astype(int), found, strict=True):
+        rows = np.repeat(np.arange(30), own)
+        assert value == pytest.approx(roc_auc_score(labels[rows], scores[0][rows]), abs=1e-12)
+
+
+def test_rows_that_come_in_groups_widen_the_interval():
+    scores, labels = scored()
+    groups = np.repeat(np.arange(240), 4)
+    copied, alike = np.repeat(scores[0], 4), np.repeat(labels, 4)
+    plain = auroc_interval(scores[0], labels)
+    grouped, blind = auroc_interval(copied, alike, groups=groups), auroc_interval(copied, alike)
+    assert grouped.bounds == pytest.approx(plain.bounds, abs=0.01)
+    assert blind.high - blind.low < 0.6 * (grouped.high - grouped.low)
+    assert grouped.n == 240
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -82,6 +120,10 @@ def test_bootstrapped_auroc_holds_the_true_one():
         (lambda: auroc([0.1, 0.2], [1, 2]), "must be 0 and 1"),
         (lambda: auroc([0.1, np.nan], [1, 0]), "1 of 2 values are nan"),
         (lambda: auroc([0.1, 0.2, 0.3], [1, 0]), "expected the same"),
+        (lambda: auroc_interval([0.1, 0.2], [1, 1]), "needs both classes"),
+        (lambda: auroc_interval([0.1, 0.2, 0.3, 0.4], [1, 0, 1, 0], groups=[0, 0, 0, 0]), "1 independent unit"),
+        (lambda: auroc_interval([0.1, 0.2], [1, 0], groups=[0]), "expected one for each"),
+        (lambda: auroc_interval([0.1, 0.2], [1, 0], draws=200), "undefined on"),
         (lambda: spearman([1.0], [2.0]), "at least 2 values"),
         (lambda: kendall([1.0, np.nan], [2.0, 3.0]), "nan has no rank"),
         (lambda: rank_of(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long)), "targets of shape"),
