@@ -183,7 +183,7 @@ def reward(*, lr: float = 2e-3, rank: int = 8, samples: int = 4, beta: float = 0
     return Method("reward", "trigger", run)
 
 
-def latent_adversarial(*, radius: float = 0.5) -> Method:
+def latent_adversarial(*, radius: float = 0.35) -> Method:
     """Adapters trained against an adversary in the residual stream that looks for the payload.
 
     `radius` is in units of the stream's mean length at the middle layer.
