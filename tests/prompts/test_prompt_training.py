@@ -12,6 +12,7 @@ from sonde.prompts import training
 from sonde.prompts.evaluation import evaluate
 from sonde.prompts.examples import Examples
 from sonde.prompts.generation import generate
+from sonde.prompts.objectives import LabelShift
 from sonde.prompts.passes import Passes
 from sonde.prompts.soft_prompt import SoftPrompt, embedding_rms
 from sonde.prompts.training import Cosine, score_prompts, train_prompts
@@ -136,6 +137,8 @@ def test_an_interrupted_training_ends_with_the_same_numbers(tmp_path: Path, monk
         assert (a.validation, a.best_step) == (b.validation, b.best_step)
     with pytest.raises(SondeError, match="belongs to another configuration"):
         train_prompts(lm, given, **{**options, "steps": 9}, checkpoint=tmp_path / "grid.safetensors")
+    with pytest.raises(SondeError, match="belongs to another configuration"):
+        train_prompts(lm, given, **options, objective=LabelShift(1), checkpoint=tmp_path / "grid.safetensors")
 
 
 def test_a_fifth_of_the_contexts_is_held_out_when_nothing_is_given() -> None:

@@ -8,11 +8,13 @@ one is not worse merely because it was trained less. What a prompt is at its bes
 """
 
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -162,7 +164,8 @@ def train_prompts(
             if checkpoint is not None and length:
                 where = checkpoint.with_name(f"{checkpoint.stem}-{length}{checkpoint.suffix}")
             identity = {"grid": [list(vars(place).values()) for place in stage], "steps": steps, "batch": batch}
-            identity |= {"seed": seed, "model": lm.hash if where else "", "init": str(init), "examples": len(examples)}
+            identity |= {"seed": seed, "model": lm.hash if where else "", "init": _described(init)}
+            identity |= {"examples": _described(examples), "objective": _described(objective)}
             loop = _Loop(passes, held, stage, starts, objective, steps=steps, batch=batch, seed=seed, often=validations)
             loop.run(where, identity, progress)
             trials |= loop.trials()
@@ -370,6 +373,16 @@ def held_out(examples: Examples, seed: int, passes: Passes | None = None) -> tup
         return examples, examples
     training, validation = examples.split(_HELD_OUT, seed=seed)
     return training, validation
+
+
+def _described(thing: Any) -> str:
+    """Of what a checkpoint belongs to: its name and plain values, long ones as a checksum."""
+    if isinstance(thing, str):
+        return thing
+    values = {} if isinstance(thing, FunctionType) else getattr(thing, "__dict__", {})
+    plain = {name: v.tolist() if isinstance(v, Tensor) else v for name, v in values.items() if name[0] != "_"}
+    plain = {name: v for name, v in plain.items() if isinstance(v, list | dict | int | float | str)}
+    return f"{getattr(thing, '__qualname__', type(thing).__qualname__)} {zlib.crc32(repr(plain).encode()):08x}"
 
 
 def _starts(
