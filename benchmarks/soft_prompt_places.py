@@ -1,6 +1,6 @@
 """Where a soft prompt should stand, and how long it must be: pebble made to write a harmless string on unseen contexts.
 
-    python benchmarks/soft_prompt_places.py --picture docs/img/soft-prompt-places.png
+    python benchmarks/soft_prompt_places.py --picture docs/img/soft-prompt-places.svg
 
 24 openings of Python help topics, 12 tokens each, a third of them held out. The control is a string of random tokens of
 equal length. Prints the nats of the whole target on held-out contexts, median and range over restarts.
@@ -20,6 +20,7 @@ from sonde.prompts.examples import Examples
 from sonde.prompts.soft_prompt import Position
 from sonde.prompts.training import train_prompts
 from sonde.runs import charts
+from sonde.runs.palette import fixed
 
 LENGTHS, RESTARTS, STEPS, BATCH = (1, 2, 4, 8), 3, 40, 6
 POSITIONS: tuple[Position, ...] = ("suffix", "prefix")
@@ -61,7 +62,7 @@ def main() -> None:
                 rows.append({**row, "series": f"{position}{name}"})
                 success = statistics.median(exact[key] for key in keys)
                 spread = f"({row['low']:.2f} to {row['high']:.2f})"
-                print(f"{position + name:22} n {n:2}  {row['nats']:6.2f} {spread}  exact {success:.2f}")
+                print(f"{row['series']:22} n {n:2}  {row['nats']:6.2f} {spread}  exact {success:.2f}")
     if options.picture:
         chart = charts.lines(
             rows,
@@ -71,12 +72,14 @@ def main() -> None:
             high="high",
             series="series",
             control=[f"{position}, random target" for position in POSITIONS],
-            title="A suffix needs half as many vectors as a prefix",
+            title="A suffix gets further with fewer vectors than a prefix",
             subtitle=f"{len(test)} held-out contexts; median and range of {RESTARTS} restarts",
             x_title="vectors in the prompt",
             y_title="nats of the whole target",
         )
-        options.picture.write_bytes(charts.png(charts.spec(chart)))
+        options.picture.write_text(
+            fixed(charts.svg({**charts.spec(chart), "padding": 12, "background": "var(--paper)"}))
+        )
 
 
 if __name__ == "__main__":
