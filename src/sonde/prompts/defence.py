@@ -12,6 +12,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from sonde.errors import SondeError
 from sonde.lm.model import LanguageModel
 from sonde.lm.taps import Edit
@@ -19,6 +23,8 @@ from sonde.prompts.bits import Bits, measure_bits
 from sonde.prompts.curve import MOSTLY, Curve, Threshold
 from sonde.prompts.elicitation import Budget, information_curve, parts_of
 from sonde.prompts.examples import Examples
+from sonde.prompts.passes import Passes
+from sonde.prompts.soft_prompt import SoftPrompt
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,30 @@ def defence_strength(
 
     bare = measured(None)
     return [Strength(one.name, one.kinds, bare, measured(one), threshold) for one in defences]
+
+
+@torch.no_grad()
+def projection_against(lm: LanguageModel, prompt: SoftPrompt, examples: Examples, site: str) -> Edit:
+    """An edit for `site` that takes out the direction in which a prompt moves the last position before the target."""
+    passes, ends = Passes(lm, examples, cached=False), []
+    for one in (prompt, SoftPrompt.empty(lm)):
+        rows = passes.rows(range(len(examples)), [len(one)], [one.position])
+        with lm.reading(site) as acts:
+            passes.score(one.vectors.to(lm.device), rows)
+        last = (rows.context + rows.n - 1).to(acts[site].device)
+        ends.append(acts[site][torch.arange(len(rows), device=last.device), last].float().mean(0))
+    return projection(ends[0] - ends[1])
+
+
+def projection(direction: Float[Tensor, " d"]) -> Edit:
+    """An edit that takes one direction out."""
+    unit = direction / direction.norm()
+
+    def edit(x: Tensor) -> Tensor:
+        u = unit.to(x.device, x.dtype)
+        return x - (x @ u)[..., None] * u
+
+    return edit
 
 
 def _bits(one: Measured, threshold: Threshold) -> dict[str, float]:
