@@ -38,7 +38,7 @@ def main() -> None:
     training, validation, test = Examples(contexts, [target] * len(contexts)).split((0.5, 0.17, 0.33))
     print(machine(), "|", len(target), "target tokens,", len(test), "held-out contexts")
     rows = []
-    for name, change in (("", lambda e: e), (", random target", lambda e: e.random_targets(lm))):
+    for name, change in (("", lambda e: e), (", random", lambda e: e.random_targets(lm))):
         trials = train_prompts(
             lm,
             change(training),
@@ -71,7 +71,7 @@ def main() -> None:
             low="low",
             high="high",
             series="series",
-            control=[f"{position}, random target" for position in POSITIONS],
+            control=[f"{position}, random" for position in POSITIONS],
             title="A suffix gets further with fewer vectors than a prefix",
             subtitle=f"{len(test)} held-out contexts; median and range of {RESTARTS} restarts",
             x_title="vectors in the prompt",
