@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from sonde.errors import SondeError
-from sonde.knowledge.recovered_gap import ScoredRows, recovered_gap, recovered_gap_interval, weighted_auroc
+from sonde.knowledge.recovered_gap import ScoredRows, recovered_gap, recovered_gap_interval
 
 
 def planted(mean: float, n: int = 400, seed: int = 0) -> ScoredRows:
@@ -30,21 +28,6 @@ def test_a_gap_below_a_twentieth_is_refused():
     ):
         with pytest.raises(SondeError, match=r"less than 0.05 above the floor .* there is no gap to recover"):
             call()
-
-
-@given(st.integers(0, 1000))
-def test_weights_do_what_repeated_rows_do(seed):
-    rng = np.random.default_rng(seed)
-    scores = rng.integers(0, 4, size=12).astype(float)
-    truth = rng.permutation(np.arange(12) < 5)
-    counts = rng.integers(0, 3, size=(3, 12))
-    found = weighted_auroc(ScoredRows(scores, truth, np.arange(12)), counts.T)
-    for value, weights in zip(found, counts, strict=True):
-        y = np.repeat(truth, weights)
-        if y.any() and not y.all():
-            assert value == pytest.approx(roc_auc_score(y, np.repeat(scores, weights)))
-        else:
-            assert np.isnan(value)
 
 
 def test_the_interval_holds_what_was_planted_and_the_plain_ratio():

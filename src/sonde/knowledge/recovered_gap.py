@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from sonde.errors import SondeError
-from sonde.stats.intervals import Interval
+from sonde.stats.intervals import Interval, percentile_interval
+from sonde.stats.ranks import resampled_auroc
 
 LEAST_GAP = 0.05
 
@@ -76,40 +77,19 @@ def recovered_gap_interval(
     _require_gap(low[0], high[0])
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (top - low) / (high - low)
-    return _interval(ratios, _units(models), level)
+    return _interval(ratios, models, level)
 
 
 def mean_auroc(models: Sequence[ScoredRows], *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
     """AUROC, averaged over models, with a bootstrap interval over the base rows of each.
 
-    Raises `SondeError` for no models.
+    Raises `SondeError` for no models, and for so few base rows that many resamples lack a class.
     """
     if not models:
         raise SondeError("no models: an AUROC needs at least one")
     three = [(one,) for one in models]
-    return _interval(_draws(three, draws, seed)[0], _units(three), level)
-
-
-def weighted_auroc(rows: ScoredRows, counts: Int[np.ndarray, "units draws"]) -> Float[np.ndarray, " draws"]:
-    """AUROC in resamples: `counts` says how often each base row, in the order of `np.unique`, is in each of them.
-
-    nan where a class has no row.
-    """
-    values, place = np.unique(rows.scores, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    unit = np.unique(rows.bases, return_inverse=True)[1][order]
-    truth = rows.truth[order]
-    weights = counts.astype(np.float32)[unit]
-    negative = np.where(truth[:, None], 0, weights)
-    below = negative.cumsum(0, dtype=np.float64)
-    if len(values) < len(order):
-        # negatives below a value, and half of those that tie with it
-        edges = np.searchsorted(place[order], np.arange(len(values)))
-        tied = np.add.reduceat(negative, edges, axis=0)
-        below = (tied.cumsum(0, dtype=np.float64) - tied / 2)[place[order]]
-    positive = weights[truth]
-    with np.errstate(invalid="ignore"):
-        return np.einsum("nd,nd->d", positive, below[truth]) / (positive.sum(0) * negative.sum(0)).astype(np.float64)
+    values = _draws(three, draws, seed)[0]
+    return _interval(values, three, level)
 
 
 def _draws(models: Sequence[Sequence[ScoredRows]], draws: int, seed: int) -> Float[np.ndarray, "k draws"]:
@@ -119,22 +99,19 @@ def _draws(models: Sequence[Sequence[ScoredRows]], draws: int, seed: int) -> Flo
     for parts in models:
         names = np.unique(np.concatenate([one.bases for one in parts]))
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
-        counts = np.concatenate([np.ones((1, len(names)), dtype=np.int64), drawn]).T
-        found.append(np.stack([weighted_auroc(one, counts[np.isin(names, one.bases)]) for one in parts]))
+        counts = np.concatenate([np.ones((1, len(names))), drawn])
+        each = [resampled_auroc(one.scores, one.truth, counts[:, np.searchsorted(names, one.bases)]) for one in parts]
+        found.append(np.stack(each))
     return np.mean(found, axis=0)
 
 
-def _interval(values: Float[np.ndarray, " draws"], units: int, level: float) -> Interval:
-    """Percentiles of all but the first value, which is the estimate; resamples without a class are left out."""
-    defined = values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else (values[0], values[0])
-    return Interval(
-        float(values[0]), min(float(low), float(values[0])), max(float(high), float(values[0])), units, level
-    )
-
-
-def _units(models: Sequence[Sequence[ScoredRows]]) -> int:
-    return sum(len(np.unique(np.concatenate([one.bases for one in parts]))) for parts in models)
+def _interval(values: Float[np.ndarray, " draws"], models: Sequence[Sequence[ScoredRows]], level: float) -> Interval:
+    """Of a value and those of its resamples."""
+    units = sum(len(np.unique(np.concatenate([one.bases for one in parts]))) for parts in models)
+    try:
+        return percentile_interval(float(values[0]), values[1:], max(units, 2), level)
+    except ValueError as error:
+        raise SondeError(str(error)) from error
 
 
 def _require_gap(floor: float, ceiling: float) -> None:

@@ -133,6 +133,16 @@ def auroc_intervals(
     return [percentile_interval(float(e), v, units, level) for e, v in zip(estimates, values, strict=True)]
 
 
+def resampled_auroc(
+    scores: ArrayLike, labels: ArrayLike, counts: Float[np.ndarray, "draws n"]
+) -> Float[np.ndarray, " draws"]:
+    """AUROC of `scores` and `labels [n]` with every row counted so often, for each row of `counts`.
+
+    nan where a class is counted nowhere. Rows are sorted once.
+    """
+    return _Ordered.of(np.asarray(scores), np.asarray(labels).astype(bool)).auroc(counts)
+
+
 @dataclass(frozen=True)
 class _Ordered:
     """Rows in the order of their scores: the negative ones, and below how many (and up to how many) a positive is."""

@@ -11,6 +11,7 @@ from sonde.runs.blocks import Figure, Table
 from sonde.runs.run import Run
 from sonde.stats.intervals import Interval
 
+_MOST = 4  # intervals that a row of a page has room for
 RANDOM, SHUFFLED = "random directions", "shuffled labels"
 
 
@@ -60,12 +61,15 @@ def interval_block(name: str, table: IntervalTable, *, run: Run | None = None) -
     if run is not None:
         for suffix in (".md", ".csv", ".tex"):
             table.write(run.path("tables", name + suffix))
+    wide = max((sum(isinstance(cell, Interval) for cell in row) for row in table.rows), default=0) > _MOST
     notes = "; ".join(dict.fromkeys(cell.reason for row in table.rows for cell in row if isinstance(cell, Undefined)))
     return Table(
         id=name,
-        caption=table.caption + (f". Gaps: {notes}" if notes else ""),
+        caption=table.caption
+        + (f" (intervals: tables/{name}.csv)" if wide and run is not None else "")
+        + (f". Gaps: {notes}" if notes else ""),
         columns=list(table.columns),
-        rows=[[_cell(cell) for cell in row] for row in table.rows],
+        rows=[[_cell(cell, wide=wide) for cell in row] for row in table.rows],
     )
 
 
@@ -74,8 +78,10 @@ def short(site: str) -> str:
     return site.rpartition(".")[2]
 
 
-def _cell(cell: object) -> object:
+def _cell(cell: object, *, wide: bool) -> object:
     if isinstance(cell, Interval):
+        if wide:
+            return round(cell.estimate, 3)
         return f"{cell.estimate:.3f} ({cell.low:.3f} to {cell.high:.3f})"
     return None if isinstance(cell, Undefined) else cell
 

@@ -8,80 +8,42 @@ import numpy as np
 from sonde.errors import SondeError
 from sonde.knowledge.agreement import agreement, calibration_error
 from sonde.knowledge.recovered_gap import mean_auroc
-from sonde.knowledge.tables import Cell, IntervalTable, Undefined
-from sonde.knowledge.transfer import Rows, Transfers, pooled_auroc, pooled_gap
+from sonde.knowledge.tables import Cell, IntervalTable
+from sonde.knowledge.transfer import Rows, pooled_gap
 from sonde.runs import chart_kinds
 from sonde.runs.blocks import Chapter, Figure
-from sonde.runs.finding import Control, Finding, Paper
+from sonde.runs.finding import Control, Paper
 from sonde.runs.report.numbers import number
 from sonde.runs.run import Run
-from sonde.stats.intervals import Interval, bootstrap_mean
+from sonde.stats.intervals import Interval
 from sonde.studies.knowledge_blocks import RANDOM, SHUFFLED, interval_block, layer_chart, percentiles
+from sonde.studies.quirky_elk_checks import alarm, cause
 from sonde.studies.quirky_elk_measures import Measured
+from sonde.studies.quirky_elk_pooled import CITE, Written, above
 
 if TYPE_CHECKING:
     from sonde.studies.quirky_elk import QuirkyElkConfig
 
-CITE = "Mallen et al. 2023, arXiv:2312.01037"
 _TRANSFERS = (("A", "A"), ("A", "B"), ("B", "A"), ("AE", "AH"), ("AE", "BH"), ("all", "BH"))
+_NEARLY = 0.7  # AUROC of random directions that a reader should know of
 _PAPER_PGR = {("A", "B"): 0.89, ("AE", "BH"): 0.75}
-
-
-class Written:
-    """The chapters of one study, over all its models."""
-
-    def __init__(self, found: Sequence[Measured], run: Run, config: "QuirkyElkConfig", command: str) -> None:
-        self.found, self.run, self.config, self.command = list(found), run, config, command
-        self.transfers = [one.transfers for one in found]
-        self.first: Transfers = self.transfers[0]
-        self.probe = (config.probes or ())[0]
-
-    def finding(self, measured: Interval | Undefined, **fields: Any) -> Finding:
-        """A finding; refused, with the reason, where there is no number."""
-        if isinstance(measured, Undefined):
-            fields = {key: value for key, value in fields.items() if key not in ("control", "control_reason")}
-            return Finding(refused=measured.reason, command=self.command, **fields)
-        return Finding.of(measured, command=self.command, **fields)
-
-    def auroc(self, train: str, test: str, *, layer: int | None = None, rows: Rows = "all", probe: str = "") -> Any:
-        """AUROC of a probe, by default the first, averaged over the models."""
-        return pooled_auroc(self.transfers, probe or self.probe, train, test, layer=layer, rows=rows)
-
-    def curve(self, train: str, test: str, rows: Rows = "all") -> list[Interval | Undefined]:
-        """The same at every layer."""
-        return [self.auroc(train, test, layer=layer, rows=rows) for layer in range(len(self.first.sites))]
-
-    def random(self, rows: str = "all") -> np.ndarray:
-        """AUROC of random directions, `[draws layers]`, of all models."""
-        return np.concatenate([one.random[rows] for one in self.found])
-
-    @property
-    def layers(self) -> list[int]:
-        """The earliest informative layer of the first probe from Alice's records, of each model."""
-        return [one.cell(self.probe, "A", "B").layer for one in self.transfers]
-
-    def random_at_layer(self, rows: str = "all") -> Control:
-        """What random directions read at the layer where the probe is read."""
-        drawn = np.concatenate([one.random[rows][:, layer] for one, layer in zip(self.found, self.layers, strict=True)])
-        return Control("random directions", float(np.mean(drawn)), percentiles(drawn))
 
 
 def chapters(found: Sequence[Measured], run: Run, config: "QuirkyElkConfig", command: str) -> list[Chapter]:
     """All chapters, in order."""
     made = Written(found, run, config, command)
-    return [_says(made), _transfer(made), _gap(made), _cause(made), _alarm(made)]
+    return [_says(made), _transfer(made), _gap(made), cause(made), alarm(made)]
 
 
 def _says(w: Written) -> Chapter:
     """What the model answers to Alice and to Bob."""
-    alice = _said(w, "A", "disagreements")
-    bob = _said(w, "B", "disagreements")
+    alice = w.said("A", "disagreements")
+    bob = w.said("B", "disagreements")
     table = IntervalTable(
         "AUROC of the model's own log-odds against the truth",
         ("asked", "all records", "disagreements"),
         tuple(
-            (name, _said(w, side, "all"), _said(w, side, "disagreements"))
-            for name, side in (("Alice", "A"), ("Bob", "B"))
+            (name, w.said(side, "all"), w.said(side, "disagreements")) for name, side in (("Alice", "A"), ("Bob", "B"))
         ),
     )
     quirky = isinstance(alice, Interval) and isinstance(bob, Interval) and alice.low > 0.5 > bob.high
@@ -91,7 +53,7 @@ def _says(w: Written) -> Chapter:
             alice,
             id="says.alice",
             sentence="Where truth and rule part, its answers to Alice "
-            + ("follow the truth." if _above(alice) else "do not follow the truth."),
+            + ("follow the truth." if above(alice) else "do not follow the truth."),
             metric="AUROC of answers to Alice against the truth, on disagreements",
             better="higher",
             **common,
@@ -129,17 +91,20 @@ def _transfer(w: Written) -> Chapter:
     where = "–".join(str(layer) for layer in sorted({min(w.layers), max(w.layers)}))
     early = max(w.layers) < len(sites) - 1
     shuffled = np.concatenate([one.shuffled[:, layer] for one, layer in zip(w.found, w.layers, strict=True)])
-    good = isinstance(here, Interval) and here.low > w.random_at_layer().interval[1]  # type: ignore[index]
+    said = w.says_to_bob("all")
+    good = isinstance(here, Interval) and here.low > (said.interval or (0.5, 0.5))[1]
+    mean = w.random_at_layer().estimate
+    random = f", where random directions read it with {number(mean, 2)} on average" if mean > _NEARLY else ""
     findings = [
         w.finding(
             here,
             id="transfer.ab",
             chapter="transfer",
             sentence="A probe that learned the truth from Alice's records alone "
-            + (f"reads it on Bob's, after block {where}." if good else "does not read it on Bob's that shows."),
+            + (f"reads it on Bob's, after block {where}{random}." if good else "does not read it on Bob's that shows."),
             metric=f"AUROC of {probe}, Alice to Bob, at the earliest informative layer",
             better="higher",
-            control=w.random_at_layer(),
+            control=said,
             figures=("transfer.layers",),
             tables=("transfer.probes",),
         ),
@@ -160,10 +125,10 @@ def _transfer(w: Written) -> Chapter:
             id="transfer.disagreements",
             chapter="transfer",
             sentence="Where truth and rule part for Bob, the probe "
-            + ("follows the truth." if _above(apart) else "does not follow the truth."),
+            + ("follows the truth." if above(apart) else "does not follow the truth."),
             metric=f"AUROC of {probe}, Alice to Bob, on disagreements (1: truth, 0: rule)",
             better="higher",
-            control=_said_control(w),
+            control=w.says_to_bob("disagreements"),
             figures=("transfer.layers",),
             tables=("transfer.disagreements",),
         ),
@@ -283,147 +248,6 @@ def _gap(w: Written) -> Chapter:
     )
 
 
-def _cause(w: Written) -> Chapter:
-    """Answers after the reflection of the state through the plane of the probe."""
-    rows, findings = [], []
-    for name, alice in (("Alice", True), ("Bob", False)):
-        flips, controls, bases = [], [], []
-        for number_, one in enumerate(w.found):
-            chosen = one.alice[one.reflected_rows] == alice
-            r = one.reflected
-            flips.append(((r.plain > 0) != (r.edited > 0)).double().numpy()[chosen])
-            controls.append(((r.plain > 0) != (r.random > 0)).double().mean(0).numpy()[chosen])
-            bases.append(one.bases[one.reflected_rows][chosen] + number_ * 10**9)
-        flipped = bootstrap_mean(np.concatenate(flips), np.concatenate(bases))
-        control = bootstrap_mean(np.concatenate(controls), np.concatenate(bases))
-        rows.append(
-            {
-                "asked": name,
-                "flipped": 100 * flipped.estimate,
-                "low": 100 * flipped.low,
-                "high": 100 * flipped.high,
-                "random": 100 * control.estimate,
-            }
-        )
-        findings.append(
-            w.finding(
-                flipped.scaled(100),
-                id=f"cause.{name.lower()}",
-                chapter="cause",
-                sentence=f"Mirrored in the probe's plane, its state changes "
-                f"{100 * flipped.estimate:.0f} % of the answers to "
-                f"{name}, mirrored in a random plane {100 * control.estimate:.0f} %.",
-                metric=f"answers to {name} that change",
-                unit="%",
-                better="higher",
-                control=Control.of("random directions", control.scaled(100)),
-                figures=("cause.flipped",),
-            )
-        )
-    chart = chart_kinds.intervals(
-        rows,
-        label="asked",
-        value="flipped",
-        low="low",
-        high="high",
-        control="random",
-        title=f"The probe's direction has a part in {rows[0]['flipped']:.0f} % of the answers to Alice, "
-        f"{rows[1]['flipped']:.0f} % of those to Bob",
-        subtitle="Answers changed by reflecting the last token's state; 95 % intervals; grey: 16 random directions",
-        x_title="answers that change (%)",
-        y_title="asked",
-    )
-    return Chapter(
-        id="cause",
-        question="Does the model use what the probe reads?",
-        answer=" ".join(one.sentence for one in findings),
-        findings=findings,
-        blocks=[Figure(id="cause.flipped", chart=chart, caption="Share of answers that a reflection changes.")],
-        not_shown="A direction without effect at one token and one layer may be used elsewhere, or copied before.",
-        how=(
-            "h <- m + (c - 2 (c.u) u), c = h - m, at the last prompt token and the probe's layer, u the direction of a "
-            f"logistic probe from Alice's records; {len(w.found[0].reflected_rows)} test records a model. After {CITE}."
-        ),
-    )
-
-
-def _alarm(w: Written) -> Chapter:
-    """An alarm that knows Alice's records only, on Bob's."""
-    alarms = {name: mean_auroc([one.alarmed(name) for one in w.found]) for name in w.found[0].alarms}
-    random = np.array([one.estimate for name, one in alarms.items() if name.startswith("random")])
-    found = alarms["A"]
-    rings = found.low > 0.5
-    finding = w.finding(
-        found,
-        id="alarm.auroc",
-        chapter="alarm",
-        sentence="An alarm that watches the probe's log-odds at all layers, and knows Alice's records only, "
-        + (
-            f"tells Bob's from hers with an AUROC of {number(found.estimate, 2)}."
-            if rings
-            else "does not go off on Bob's."
-        ),
-        metric="AUROC of Bob's against Alice's records, Mahalanobis distance of log-odds",
-        better="higher",
-        control=Control("random directions in place of the probe", float(random.mean()), percentiles(random)),
-        figures=("alarm.auroc",),
-    )
-    rows = [
-        {
-            "watches": {"A": "probe of Alice's records", "AE": "probe of her easy records"}[name],
-            "auroc": one.estimate,
-            "low": one.low,
-            "high": one.high,
-            "random": float(random.mean()),
-        }
-        for name, one in alarms.items()
-        if not name.startswith("random")
-    ]
-    chart = chart_kinds.intervals(
-        rows,
-        label="watches",
-        value="auroc",
-        low="low",
-        high="high",
-        control="random",
-        reference=("chance", 0.5),
-        title=f"Bob's records look strange: AUROC {number(found.estimate, 2)}"
-        if rings
-        else "Bob's records look like Alice's",
-        subtitle="Mahalanobis distance from Alice's held-out records; 95 % intervals; grey: random directions",
-        x_title="AUROC (1: told apart without error)",
-        y_title="what the alarm watches",
-    )
-    return Chapter(
-        id="alarm",
-        question="Does an alarm that knows trusted inputs only go off where the model is wrong?",
-        answer=finding.sentence,
-        findings=[finding],
-        blocks=[Figure(id="alarm.auroc", chart=chart, caption="How well alarms tell Bob's records from Alice's.")],
-        not_shown=(
-            "An alarm hears that something is unusual, not that it is wrong: the name Bob alone may do it, as random "
-            "directions show."
-        ),
-        how=(
-            "Features: log-odds of a logistic probe at every layer. A Gaussian on held-out records of Alice that "
-            f"the probe has not seen. Control: {len(random)} sets of random directions. After {CITE}; the study "
-            "anomaly-detection compares features and detectors."
-        ),
-    )
-
-
-def _said(w: Written, side: str, rows: str) -> Interval | Undefined:
-    try:
-        return mean_auroc([one.said(side, rows) for one in w.found])
-    except SondeError as error:
-        return Undefined(f"{side}, {rows}: {error}")
-
-
-def _said_control(w: Written) -> Control:
-    said = _said(w, "B", "disagreements")
-    return Control.of("what it says to Bob", said) if isinstance(said, Interval) else Control("chance", 0.5)
-
-
 def _random_gap(w: Written) -> float | None:
     """PGR of the mean random direction at the probe's layer."""
     try:
@@ -506,10 +330,6 @@ def _heat(matrix: IntervalTable, probe: str) -> Figure:
         y_labels=trains,
     )
     return Figure(id="transfer.heat", chart=chart, caption="AUROC from every training to every test subset.")
-
-
-def _above(one: Interval | Undefined) -> bool:
-    return isinstance(one, Interval) and one.low > 0.5
 
 
 def _best(w: Written) -> int:
