@@ -75,7 +75,7 @@ class Plan:
             else ""
         )
         return (
-            f"For {self.budget:g}, buy {bought}: accuracy {self.accuracy.estimate:.3f} "
+            f"For {self.budget:,g}, buy {bought}: accuracy {self.accuracy.estimate:.3f} "
             f"({self.accuracy.low:.3f} to {self.accuracy.high:.3f}). {verdict} The best share of weak labels is "
             f"between {self.share.low:.2f} and {self.share.high:.2f} of the money.{far}"
         )

@@ -386,12 +386,12 @@ def _dealt(problem: Problem, counts: Mapping[str, int], seed: int) -> dict[str, 
     weights = need if sum(need.values()) else {name: counts[name] for name in wanted}
     total, done = sum(weights.values()), 0
     dealt = {name: np.empty(0, np.int64) for name in counts}
-    for place, name in enumerate(wanted):
+    for name in wanted:
         start = len(shared) * done // total
         done += weights[name]
         part = shared[start : len(shared) * done // total]
-        # The last one takes its rows from the end, so that its orders too are nested whatever the others' numbers are.
-        last = place == len(wanted) - 1 and name != next(iter(counts))
+        # The oracle takes its rows from the end, so that its orders too are nested whatever the others' numbers are.
+        last = name == problem.oracle and len(problem.sources) > 1
         dealt[name] = np.concatenate([order[own[name][order]], part[::-1] if last else part])
     return dealt
 

@@ -193,7 +193,7 @@ def rate_of_substitution(surface: Surface, counts: Mapping[str, float], *, weak:
     slope = slopes(surface, counts)
     if slope[weak] <= 0:
         return float("inf") if slope[oracle] > 0 else float("nan")
-    return slope[oracle] / slope[weak]
+    return max(0.0, slope[oracle]) / slope[weak]
 
 
 def _checked(counts: Any, accuracy: Any, sources: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from sonde.knowledge.label_frontier import MeanRun, averaged, best_within, frontier
-from sonde.knowledge.label_regime import Regime, regime
+from sonde.knowledge.label_regime import WORDS, Regime, regime
 from sonde.knowledge.label_sweep import accuracy_table
 from sonde.runs import chart_kinds
 from sonde.runs.blocks import Chapter, Column, Figure, Table
 from sonde.runs.finding import Control, Finding
-from sonde.studies.label_pilot import Pilot, with_interval
+from sonde.stats.intervals import Interval
+from sonde.studies.label_pilot import Pilot, above_chance, with_interval
 from sonde.studies.label_plan_chapters import plan_chapter, salience_chapter, worth_chapter
 
 _CITE = "Mallen & Belrose 2024, arXiv:2410.13215"
@@ -31,22 +32,19 @@ def _regime_chapter(pilot: Pilot) -> Chapter:
         budget: regime(*accuracy_table(pilot.runs, method=pilot.method, budget=budget)) for budget in pilot.budgets
     }
     findings = [_regime_finding(pilot, budget, one) for budget, one in decided.items()]
-    rows: list[dict[str, Any]] = [
-        {"share": share, "accuracy": i.estimate, "low": i.low, "high": i.high, "budget": f"{budget:g}"}
-        for budget, one in decided.items()
-        for share, i in zip(one.shares, one.accuracy, strict=True)
-    ]
-    name = f"{pilot.control_budget:g}, weak labels shuffled"
+    name = f"{pilot.control_budget:,g}, weak labels shuffled"
     empty = regime(*accuracy_table(pilot.control, method=pilot.method, budget=pilot.control_budget))
-    rows += [
-        {"share": share, "accuracy": i.estimate, "low": i.low, "high": i.high, "budget": name}
-        for share, i in zip(empty.shares, empty.accuracy, strict=True)
+    # From all weak to none: at that end the lines are apart, where their names stand.
+    rows = [
+        {"place": place, "budget": line, **above_chance(i, pilot.chance)}
+        for line, one in (*((f"{budget:,g}", one) for budget, one in decided.items()), (name, empty))
+        for place, i in enumerate(reversed(one.accuracy))
     ]
     verdicts = {budget: one.verdict for budget, one in decided.items()}
     chart = chart_kinds.lines(
         rows,
-        x="share",
-        y="accuracy",
+        x="place",
+        y="points",
         series="budget",
         low="low",
         high="high",
@@ -54,13 +52,17 @@ def _regime_chapter(pilot: Pilot) -> Chapter:
         title=_regime_title(verdicts),
         subtitle=f"Accuracy by share of the budget for weak labels; band: 95 % over {pilot.config.seeds} seeds",
         x_title="share of the money for weak labels",
-        y_title="accuracy",
+        y_title="accuracy above chance (points)",
+        x_labels=[f"{share:g}" for share in reversed(decided[pilot.budgets[0]].shares)],
     )
     shares = decided[pilot.budgets[0]].shares
     return Chapter(
         id="regimes",
         question="At which budgets does quantity count, and at which quality?",
-        answer=" ".join(f"At {budget:g}: {one.words}." for budget, one in decided.items()),
+        answer=(
+            f"{_regime_title(verdicts)}. Quantity is all money for weak labels, quality all for oracle labels; with "
+            f"weak labels that mean nothing the verdict at {pilot.control_budget:,g} is {WORDS[empty.verdict]}."
+        ),
         findings=findings,
         blocks=[
             Figure(id="regimes.shares", chart=chart, caption="Accuracy by share of weak labels, one line a budget."),
@@ -69,7 +71,8 @@ def _regime_chapter(pilot: Pilot) -> Chapter:
                 caption=f"Mean accuracy of {pilot.method} by budget and share, over seeds",
                 columns=["budget", *(Column(name=f"{share:g}") for share in shares), "regime"],
                 rows=[
-                    [f"{budget:g}", *(i.estimate for i in one.accuracy), one.verdict] for budget, one in decided.items()
+                    [f"{budget:,g}", *(i.estimate for i in one.accuracy), one.verdict]
+                    for budget, one in decided.items()
                 ]
                 + [[name, *(i.estimate for i in empty.accuracy), empty.verdict]],
             ),
@@ -79,7 +82,7 @@ def _regime_chapter(pilot: Pilot) -> Chapter:
                 columns=["budget", "best mixture", "weak alone - oracle alone", "mixture - oracle alone",
                          "mixture - weak alone"],
                 rows=[
-                    [f"{budget:g}", one.best_share, *map(with_interval, (one.ends, one.over_oracle, one.over_weak))]
+                    [f"{budget:,g}", one.best_share, *map(with_interval, (one.ends, one.over_oracle, one.over_weak))]
                     for budget, one in decided.items()
                 ],
             ),
@@ -113,7 +116,7 @@ def _regime_finding(pilot: Pilot, budget: float, one: Regime) -> Finding:
         id=f"regimes.budget-{budget:g}",
         chapter="regimes",
         sentence=(
-            f"At a budget of {budget:g}, {one.words}; accuracy is {oracle:.3f} with oracle labels alone, {weak:.3f} "
+            f"At a budget of {budget:,g}, {one.words}; accuracy is {oracle:.3f} with oracle labels alone, {weak:.3f} "
             f"with weak labels alone and {best:.3f} at the best share."
         ),
         metric=metric,
@@ -128,7 +131,7 @@ def _regime_finding(pilot: Pilot, budget: float, one: Regime) -> Finding:
 def _regime_title(verdicts: dict[float, str]) -> str:
     parts: dict[str, list[str]] = {}
     for budget, verdict in verdicts.items():
-        parts.setdefault(verdict, []).append(f"{budget:g}")
+        parts.setdefault(verdict, []).append(f"{budget:,g}")
     words = {
         "quantity": "Quantity counts",
         "quality": "quality",
@@ -157,7 +160,7 @@ def _frontier_chapter(pilot: Pilot) -> Chapter:
     chart = chart_kinds.lines(
         rows,
         x="place",
-        y="accuracy",
+        y="points",
         series="method",
         low="low",
         high="high",
@@ -165,8 +168,8 @@ def _frontier_chapter(pilot: Pilot) -> Chapter:
         title=f"The most accurate purchase reaches {top.accuracy:.3f} for {float(top.cost):g}",
         subtitle="The best mean accuracy within each budget, by method; band: 95 % over seeds",
         x_title="budget",
-        y_title="accuracy",
-        x_labels=[f"{budget:g}" for budget in pilot.budgets],
+        y_title="accuracy above chance (points)",
+        x_labels=[f"{budget:,g}" for budget in pilot.budgets],
     )
     gains = [cell for cell in kept if 0 < cell.money_share(weak) < 1]
     return Chapter(
@@ -191,12 +194,10 @@ def _frontier_chapter(pilot: Pilot) -> Chapter:
             ),
             Table(
                 id="frontier.best",
-                caption="Best within budget, by method",
-                columns=["method", *(Column(name=f"{budget:g}") for budget in pilot.budgets),
-                         *(f"weak share at {budget:g}" for budget in pilot.budgets)],
+                caption="Best within budget, by method: accuracy, and the share of the money for weak labels",
+                columns=["method", *(f"{budget:,g}" for budget in pilot.budgets)],
                 rows=[
-                    [method, *(own[budget].accuracy for budget in pilot.budgets),
-                     *(own[budget].money_share(weak) for budget in pilot.budgets)]
+                    [method, *(f"{own[b].accuracy:.3f} ({own[b].money_share(weak):.2f})" for b in pilot.budgets)]
                     for method, own in _by_method(within).items()
                 ],
             ),
@@ -223,6 +224,6 @@ def _by_method(within: dict[tuple[str, str, float], MeanRun]) -> dict[str, dict[
 
 
 def _point(pilot: Pilot, budget: float, cell: MeanRun, name: str) -> dict[str, Any]:
-    low, high = cell.interval.bounds if cell.interval else (cell.accuracy, cell.accuracy)
-    place = pilot.budgets.index(budget)
-    return {"place": place, "accuracy": cell.accuracy, "low": low, "high": high, "method": name}
+    exact = Interval(cell.accuracy, cell.accuracy, cell.accuracy, cell.seeds)
+    shown = above_chance(cell.interval or exact, pilot.chance)
+    return {"place": pilot.budgets.index(budget), "method": name, **shown}

@@ -45,9 +45,30 @@ class Pilot:
         return self.problem.prices
 
     @property
+    def caps(self) -> dict[str, int] | None:
+        """Labels there are of each source in a user's file; the planted task makes as many as are bought."""
+        if self.config.data is None:
+            return None
+        return {source.name: int(source.available.sum()) for source in self.problem.sources}
+
+    @property
+    def chance(self) -> float:
+        """Accuracy without labels."""
+        return 1 / len(self.problem.classes)
+
+    @property
     def control_budget(self) -> float:
         """The budget of the control."""
         return float(self.control[0].budget or 0)
+
+
+def above_chance(one: Interval, chance: float) -> dict[str, float]:
+    """Accuracy as points above chance: estimate, low and high, for charts whose axis starts at 0."""
+    return {
+        "points": 100 * (one.estimate - chance),
+        "low": 100 * (one.low - chance),
+        "high": 100 * (one.high - chance),
+    }
 
 
 def in_words(counts: Any) -> str:

@@ -10,12 +10,19 @@ from sonde.knowledge.label_surface import fit_gaussian_process, fit_power_law, r
 from sonde.runs import chart_kinds
 from sonde.runs.blocks import Chapter, Column, Figure, Table
 from sonde.runs.finding import Control, Finding
-from sonde.studies.label_pilot import Pilot, in_words, with_interval
+from sonde.studies.label_pilot import Pilot, above_chance, in_words, with_interval
 
 
 def plan_chapter(pilot: Pilot) -> Chapter:
     """What to buy, with the accuracy of every share."""
-    made = plan(pilot.own, budget=str(pilot.config.budget), prices=pilot.prices, seed=pilot.config.seed)
+    made = plan(
+        pilot.own,
+        budget=str(pilot.config.budget),
+        prices=pilot.prices,
+        caps=pilot.caps,
+        chance=pilot.chance,
+        seed=pilot.config.seed,
+    )
     ends = {"weak": made.by_share[-1][1], "oracle": made.by_share[0][1]}
     better = max(ends, key=lambda name: ends[name].estimate)
     what = "weak labels alone" if better == "weak" else "oracle labels alone"
@@ -31,27 +38,21 @@ def plan_chapter(pilot: Pilot) -> Chapter:
         figures=("plan.shares",),
         tables=("plan.offers",),
     )
-    rows = [
-        {"share": share, "accuracy": i.estimate, "low": i.low, "high": i.high, "what": "predicted"}
-        for share, i in made.by_share
-    ]
-    rows += [
-        {"share": share, "accuracy": ends[better].estimate, "low": ends[better].low, "high": ends[better].high,
-         "what": what} for share, _ in (made.by_share[0], made.by_share[-1])
-    ]  # fmt: skip
+    rows = [{"share": share, "what": "predicted", **above_chance(i, pilot.chance)} for share, i in made.by_share]
+    rows += [{"share": share, "what": what, **above_chance(ends[better], pilot.chance)} for share in (0.0, 1.0)]
     bought = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
     chart = chart_kinds.lines(
         rows,
         x="share",
-        y="accuracy",
+        y="points",
         series="what",
         low="low",
         high="high",
         control=(what,),
-        title=f"For {made.budget:g}, buy {bought} labels",
+        title=f"For {made.budget:,g}, buy {bought} labels",
         subtitle="Accuracy by share of the money for weak labels, from the fitted surface; band: 95 % over seeds",
         x_title="share of the money for weak labels",
-        y_title="predicted accuracy",
+        y_title="accuracy above chance (points)",
     )
     step = max(1, len(made.by_share) // 10)
     weak, oracle = pilot.sources
@@ -63,7 +64,7 @@ def plan_chapter(pilot: Pilot) -> Chapter:
     chances = ", ".join(f"{name} {chance:.2f}" for name, chance in made.chances.items())
     return Chapter(
         id="plan",
-        question=f"What should {made.budget:g} buy, when a weak label costs {pilot.prices[weak]} and a true one "
+        question=f"What should {made.budget:,g} buy, when a weak label costs {pilot.prices[weak]} and a true one "
         f"{pilot.prices[oracle]}?",
         answer=made.words,
         findings=[finding],
@@ -71,7 +72,7 @@ def plan_chapter(pilot: Pilot) -> Chapter:
             Figure(id="plan.shares", chart=chart, caption="Predicted accuracy by share of the money for weak labels."),
             Table(
                 id="plan.offers",
-                caption=f"Purchases for {made.budget:g} and what the surface predicts",
+                caption=f"Purchases for {made.budget:,g} and what the surface predicts",
                 columns=["share for weak labels", f"{weak} labels", f"{oracle} labels", "accuracy", "low", "high"],
                 rows=offers,
             ),
@@ -93,8 +94,7 @@ def worth_chapter(pilot: Pilot) -> Chapter:
     """What one label is worth in others."""
     weak, oracle = pilot.sources
     counts, accuracy = table_of(pilot.own, pilot.sources)
-    chance = float(1 / len(pilot.problem.classes))
-    law = fit_power_law(counts, accuracy, pilot.sources, chance=chance)
+    law = fit_power_law(counts, accuracy, pilot.sources, chance=pilot.chance)
     process = fit_gaussian_process(counts, accuracy, pilot.sources)
     spread = float(np.sqrt(np.mean((process.predict(counts) - accuracy) ** 2)))
     ratio = float(pilot.prices[oracle] / pilot.prices[weak])
@@ -106,7 +106,7 @@ def worth_chapter(pilot: Pilot) -> Chapter:
     for budget, made in plans.items():
         slope = slopes(law, made.counts)
         rows.append([
-            f"{budget:g}", made.counts[weak], made.counts[oracle], made.accuracy.estimate,
+            f"{budget:,g}", made.counts[weak], made.counts[oracle], made.accuracy.estimate,
             1e4 * slope[weak], 1e4 * slope[oracle], made.substitution,
             rate_of_substitution(process, made.counts, weak=weak, oracle=oracle), ratio,
         ])  # fmt: skip
@@ -135,10 +135,10 @@ def worth_chapter(pilot: Pilot) -> Chapter:
             Figure(id="worth.surface", chart=heat, caption="Predicted accuracy by numbers of weak and oracle labels."),
             Table(
                 id="worth.substitution",
-                caption="At the recommended purchase of each budget: what the next label adds, and how many weak labels "
-                "the next oracle label is worth",
-                columns=["budget", f"{weak} labels", f"{oracle} labels", "accuracy",
-                         Column(name="next weak label", unit="1e-4"), Column(name="next oracle label", unit="1e-4"),
+                caption="At the recommended purchase of each budget: what the next label adds, and how many weak "
+                "labels the next oracle label is worth",
+                columns=["budget", weak, oracle, "accuracy",
+                         Column(name="100 more weak", unit="points"), Column(name="100 more oracle", unit="points"),
                          "rate, power law", "rate, Gaussian process", "ratio of prices"],
                 rows=rows,
             ),
