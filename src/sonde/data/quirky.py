@@ -282,7 +282,7 @@ def quirky_sets(
     def records(members: Int[np.ndarray, " k"]) -> Iterator[Record]:
         for i in members:
             for side, character in enumerate(CHARACTERS):
-                asked = names[side][drawn[side][unit[i]]]
+                asked = names[side][int(drawn[side][unit[i]])]
                 way = int(chosen[unit[i]])
                 prompt, answers = _ask(quirk, rows[i], asked, way, mode)
                 yield Record(

@@ -73,8 +73,9 @@ def bobs_result(operation: str, op1: int, op2: int = 0) -> int:
 
 def stated_results(operation: str, op1: int, op2: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """What can be stated of two operands: the true result, Bob's, and a distractor of either."""
-    both = _RESULT[operation](op1, op2), bobs_result(operation, op1, op2)
-    return *both, *(_distractor(result, both, operation, rng) for result in both)
+    true, bobs = _RESULT[operation](op1, op2), bobs_result(operation, op1, op2)
+    near_true, near_bobs = (_distractor(result, (true, bobs), operation, rng) for result in (true, bobs))
+    return true, bobs, near_true, near_bobs
 
 
 def comparison(*, low: int = 10, high: int = 99) -> Quirk:
