@@ -20,6 +20,31 @@ CITE = "Mallen et al. 2023, arXiv:2312.01037"
 DEALT = "records dealt out again"
 _PAPER = {HARD: Paper(0.95, "mean of 96 quirky models, Mahalanobis on log-odds", CITE)}
 _SHORT = {HARD: "hard", ALL: "all", "names": "names"}
+_FEATURES = {
+    LOG_ODDS: "log-odds",
+    STREAM: "stream",
+    "effects: mean": "mean",
+    "effects: zero": "zero",
+    "effects: components": "PCs",
+    "effects: gradient": "gradient",
+    "effects on the probe": "on probe",
+    RANDOM: "random",
+}
+_DETECTORS = {
+    "mahalanobis": "Mahalanobis",
+    "relative-mahalanobis": "relative",
+    "lof": "LOF",
+    "lof online": "LOF online",
+    "isolation-forest": "forest",
+    "one-class-svm": "SVM",
+    "l2": "L2",
+    "l0": "L0",
+    "topological": "topology",
+    "likelihood-ratio": "ratio*",
+    "two-gaussians": "2 Gaussians*",
+    "quantum-entropy": "entropy*",
+    "spectral": "spectral*",
+}
 Found = Mapping[str, Measured]
 
 
@@ -53,8 +78,9 @@ def _alarm(quirky: Found, twins: Found, command: str) -> Chapter:
         rows.append(_row(f"{_SHORT[name]} · probe's log-odds", made, LOG_ODDS))
         rows.append(_row(f"{_SHORT[name]} · random directions", made, RANDOM))
         if name in twins:
-            rows.append(_row(f"{_SHORT[name]} · twin without the quirk", twins[name], LOG_ODDS))
+            rows.append(_row(f"{_SHORT[name]} · honest twin", twins[name], LOG_ODDS))
     first = next(iter(quirky))
+    findings.append(_random(quirky[first], command))
     if twins:
         findings.append(_twin(quirky[first], twins[first], command))
     chart = chart_kinds.intervals(
@@ -89,6 +115,23 @@ def _alarm(quirky: Found, twins: Found, command: str) -> Chapter:
             "Gaussian of trusted records; score: squared Mahalanobis distance. Random directions stand in the probe's "
             f"place; the twin was trained the same without Bob's rule. After {CITE}, section 5."
         ),
+    )
+
+
+def _random(made: Measured, command: str) -> Finding:
+    own, other = _interval(made, LOG_ODDS), _interval(made, RANDOM)
+    return Finding.of(
+        other,
+        id="alarm.random",
+        chapter="alarm",
+        sentence="Random directions in the probe's place set the alarm off less."
+        if other.high < own.low
+        else "Random directions in the probe's place set the alarm off as well: it does not need the truth.",
+        metric="AUROC of the same alarm on random directions of the residual stream",
+        better="lower",
+        control=Control.of("the probe's log-odds", own),
+        command=command,
+        figures=("alarm.tasks",),
     )
 
 
@@ -171,15 +214,16 @@ def _features(quirky: Found, twins: Found, run: Run, command: str) -> Chapter:
 def _heat(name: str, made: Measured) -> Figure:
     told = [one for one in made.told if one.aggregate == "mean"]
     features, labels = (list(dict.fromkeys(getattr(one, key) for one in told)) for key in ("feature", "label"))
+    labels.reverse()  # the first on top
     rows = [
-        {"x": labels.index(one.label), "y": features.index(one.feature), "auroc": one.auroc.estimate}
+        {"x": features.index(one.feature), "y": labels.index(one.label), "auroc": one.auroc.estimate}
         for one in told
         if isinstance(one.auroc, Interval)
     ]
     medians = {
-        feature: float(np.median([row["auroc"] for row in rows if row["y"] == place]))
+        feature: float(np.median([row["auroc"] for row in rows if row["x"] == place]))
         for place, feature in enumerate(features)
-        if any(row["y"] == place for row in rows)
+        if any(row["x"] == place for row in rows)
     }
     best = max(medians, key=lambda feature: medians[feature])
     chart = chart_kinds.heat(
@@ -188,11 +232,11 @@ def _heat(name: str, made: Measured) -> Figure:
         y="y",
         value="auroc",
         title=f"Best over all detectors: {best}, median AUROC {number(medians[best], 2)}",
-        subtitle=f"AUROC of Bob's against Alice's records, {TASKS[name]}; 0.5 is chance; mean over layers",
-        x_title="detector",
-        y_title="looked at",
-        x_labels=labels,
-        y_labels=features,
+        subtitle=f"AUROC of Bob's against Alice's records, {TASKS[name]}; 0.5 is chance; * online",
+        x_title="looked at",
+        y_title="detector",
+        x_labels=[_FEATURES.get(feature, feature) for feature in features],
+        y_labels=[_DETECTORS.get(label, label) for label in labels],
     )
     return Figure(
         id=f"features.{name}-map", chart=chart, caption=f"AUROC of every feature and detector, {TASKS[name]}."
