@@ -253,7 +253,7 @@ def _chapter(
             *figures,
             Table(
                 id="detuning.methods",
-                caption=f"{config.seeds} seeds of {config.test_rows} held-out rows; losses, and KL from the clean twin, a token",
+                caption=f"{config.seeds} seeds of {config.test_rows} held-out rows; nats a token, KL from the twin",
                 columns=columns,
                 rows=[
                     [
