@@ -72,6 +72,11 @@ def parts_of(examples: Examples, *, held_out: bool = True, seed: int = 0) -> Par
     return training, validation, test
 
 
+def require_room(lm: LanguageModel, examples: Examples, budget: Budget) -> None:
+    """Raise `SondeError` where a text with the longest prompt is longer than the model's context, before any work."""
+    Passes(lm, examples).rows(range(len(examples)), [budget.lengths[-1]] * len(budget.positions), budget.positions)
+
+
 def information_curve(
     lm: LanguageModel,
     parts: Parts,

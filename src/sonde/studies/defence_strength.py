@@ -91,8 +91,9 @@ def defence_strength(config: DefenceStrengthConfig) -> Path:
     """
     from sonde.organisms.loading import load
     from sonde.prompts.curve import Threshold
+    from sonde.prompts.defence import Defence
     from sonde.prompts.defence import defence_strength as measure
-    from sonde.prompts.elicitation import Budget, information_curve, parts_of
+    from sonde.prompts.elicitation import Budget, information_curve, parts_of, require_room
     from sonde.prompts.examples import Examples
     from sonde.studies.steering_chapters import material_of
 
@@ -112,6 +113,7 @@ def defence_strength(config: DefenceStrengthConfig) -> Path:
     lm.match(site)
     tuned = None if config.fine_tune is None else load(config.fine_tune, dtype=config.dtype, device=config.device)
     examples = Examples.from_text(lm, one.contexts, one.targets)
+    require_room(lm, Defence("longest", system=f"{config.system}{_NEUTRAL}").contexts(lm, examples), budget)
     command = shlex.join(config.command())
     with open_run("defence-strength", config, lm) as run:
         folder, parts = run.path("curves"), parts_of(examples, seed=config.seed)

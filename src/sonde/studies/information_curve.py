@@ -123,6 +123,7 @@ def information_curve(config: InformationCurveConfig) -> Path:
     from types import SimpleNamespace
 
     from sonde.organisms.loading import load
+    from sonde.prompts.elicitation import require_room
     from sonde.prompts.examples import Examples
     from sonde.studies.elicitation_chapters import curve_chapter, summary_chapter
     from sonde.studies.steering_chapters import material_of
@@ -143,6 +144,9 @@ def information_curve(config: InformationCurveConfig) -> Path:
             for name in config.controls
         ]
     sets = [[Examples.from_text(lm, one.contexts, one.targets) for one in wanted] for lm in loaded]
+    for lm, of_model in zip(loaded, sets, strict=True):
+        for examples in of_model:
+            require_room(lm, examples, budget)
     command = shlex.join(config.command())
     together: Any = SimpleNamespace(
         name=", ".join(lm.name for lm in loaded),
@@ -221,7 +225,7 @@ def _bits(
         return None
     step = f"bits-{name}"
     if not run.done(step):
-        training, validation, test = parts_of(examples, held_out=found.held_out, seed=config.seed)
+        training, validation, _ = parts_of(examples, held_out=found.held_out, seed=config.seed)
         bits = measure_bits(
             lm,
             found.curve.prompt(int(n)),
@@ -232,6 +236,5 @@ def _bits(
             seed=config.seed,
         )
         run.finish(step, dict(vars(bits)))
-        del test
     kept = run.result(step)
     return Bits(**kept)

@@ -82,7 +82,7 @@ def pathfinding(config: PathfindingConfig) -> Path:
     """
     from sonde.organisms.loading import load
     from sonde.prompts.control_model import shuffled
-    from sonde.prompts.elicitation import parts_of
+    from sonde.prompts.elicitation import Budget, parts_of, require_room
     from sonde.studies.steering_chapters import material_of
 
     check_options(config)
@@ -93,6 +93,7 @@ def pathfinding(config: PathfindingConfig) -> Path:
         raise SondeError(f"--boards is {config.boards}: give 10 or more")
     lm = load(config.model or "", dtype=config.dtype, device=config.device)
     examples = boards(lm, config)
+    require_room(lm, examples, Budget(tuple(lengths)))
     parts = parts_of(examples, seed=config.seed)
     command = shlex.join(config.command())
     with open_run("pathfinding", config, lm) as run:
@@ -104,15 +105,13 @@ def pathfinding(config: PathfindingConfig) -> Path:
             for name, model in models.items()
             for n in (0, *lengths)
         }
-        walked = None
         if not run.done("walks"):
             run.finish("walks", _walked(run, lm, parts[2], lengths[-1], config))
-        walked = run.result("walks")
         return publish(
             run,
             lm,
             material_of([[*c, *t] for c, t in zip(examples.contexts, examples.targets, strict=True)]),
-            [_chapter(lm, found, [0, *lengths], parts[2], walked, config, command)],
+            [_chapter(lm, found, [0, *lengths], parts[2], run.result("walks"), config, command)],
             title=f"Can {lm.name} be prompted to walk a maze?",
             source=f"{config.boards} generated boards",
             timings=dict(run.timings),

@@ -95,7 +95,7 @@ def repetition(config: RepetitionConfig) -> Path:
     from sonde.lm.batches import TokenBatches
     from sonde.organisms.loading import load
     from sonde.prompts.curve import Threshold
-    from sonde.prompts.elicitation import Budget
+    from sonde.prompts.elicitation import Budget, require_room
     from sonde.prompts.examples import Examples
     from sonde.studies.steering_chapters import material_of
 
@@ -114,6 +114,7 @@ def repetition(config: RepetitionConfig) -> Path:
     if len(rows) < config.rows:
         raise SondeError(f"the text has {len(rows)} pieces of {size} tokens, --rows is {config.rows}: give more text")
     examples = Examples.from_rows(rows)
+    require_room(lm, examples, budget)
     command = shlex.join(config.command())
     with open_run("repetition", config, lm) as run:
         found = [_measured(lm, one, ids, examples, budget, config, run.path("curves")) for one, ids in strings.items()]
