@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sonde.prompts.claims import Claim, Elicited, claim
+from sonde.prompts.control_model import SHUFFLED
 from sonde.prompts.curve import MOSTLY, Curve, Threshold
 from sonde.runs import chart_kinds
 from sonde.runs.blocks import Chapter, Column, Figure, Table
@@ -40,7 +41,7 @@ def curve_chapter(
     return Chapter(
         id=name,
         question=f"How much prompting makes {found.model} {found.behaviour}?",
-        answer=" ".join(part for part in (told.sentence, told.reason, _verdict(told), said) if part),
+        answer=" ".join(part for part in (told.sentence, told.reason, _verdict(told, found), said) if part),
         findings=[finding],
         blocks=blocks,
         not_shown=(
@@ -210,5 +211,12 @@ def _lines(rows: list[dict[str, Any]], curve: Curve, y: str, title: str, y_title
     )
 
 
-def _verdict(told: Claim) -> str:
-    return "So this is a capability of the model." if told.capability == "present" else ""
+def _verdict(told: Claim, found: Elicited) -> str:
+    if told.capability != "present":
+        return ""
+    if found.control_name == SHUFFLED:
+        return (
+            "Against a network that learned nothing this is a capability of the model; whether it is more than its "
+            "language, only a model that was trained without the behaviour can tell."
+        )
+    return "So this is a capability of the model."
