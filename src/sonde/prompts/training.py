@@ -118,7 +118,8 @@ def train_prompts(
         init: "rows" of E, "zero", "grow" (the best shorter prompt with rows of E before it: lengths one after another),
             or a prompt to go on from.
         checkpoint: file to go on from after an interruption; it ends with the same numbers.
-        passes: those of `examples`, to share what is kept of the contexts with other calls.
+        passes: those of `examples`, to share what is kept of the contexts with other calls. Nothing is then held out
+            of `examples`: give `validation`.
         progress: label of a progress bar.
 
     Returns:
