@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sonde.files import load_bundle, save_bundle
 from sonde.prompts.claims import Elicited, claim
 from sonde.prompts.curve import Curve, Threshold
+from sonde.studies.elicitation_chapters import curve_finding
 
 LENGTHS = (0, 1, 4, 16)
 
@@ -135,3 +136,12 @@ def test_what_a_control_does_as_well_shows_no_capability(curve, control, random,
     curves = [planted(losses, noise=0.2) for losses in (curve, control)]
     said = claim(elicited(*curves, planted(random, noise=0.2) if random else None), Threshold(nats=math.log(2)))
     assert said.capability == "not shown" and reason in said.reason
+
+
+def test_a_finding_is_held_against_the_control_model_only_where_a_capability_is_shown():
+    shown = elicited(planted([9.0, 0.1, 0.1, 0.1]), planted([9.0, 8.0, 7.0, 6.0]))
+    forced = elicited(planted([9.0, 8.0, 0.1, 0.1]), planted([9.0, 8.0, 0.3, 0.1]))
+    found = [curve_finding(one, claim(one), name="x", command="c") for one in (shown, forced)]
+    assert [one.status for one in found] == ["found", "unclear"]
+    assert found[0].control is not None and found[0].control.estimate == pytest.approx(8.0)
+    assert "takes no more" in (found[1].control_reason or "")

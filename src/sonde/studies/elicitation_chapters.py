@@ -67,14 +67,13 @@ def how(found: Elicited, threshold: Threshold) -> str:
 def curve_finding(
     found: Elicited, told: Claim, *, name: str, command: str, threshold: Threshold = MOSTLY, **fields: Any
 ) -> Finding:
-    """The loss at C (or under the longest prompt) against that of the control model under prompts of that length."""
+    """The loss at C against that of the control model under prompts of that length; unclear where nothing is shown."""
     distance = found.curve.conditional_distance(threshold)
     n = found.curve.lengths[-1] if math.isinf(distance) else int(distance)
-    against: dict[str, Any] = (
-        {"control": Control.of("control model", found.control.loss(n))}
-        if found.control is not None
-        else {"control_reason": told.reason or "no control model was given"}
-    )
+    # a loss below the control model's is no evidence where the behaviour is not had, or not for less
+    against: dict[str, Any] = {"control_reason": told.reason}
+    if told.capability == "present" and found.control is not None:
+        against = {"control": Control.of("control model", found.control.loss(n))}
     fields = {"chapter": name, "figures": (f"{name}.curve",), "tables": (f"{name}.lengths",)} | fields
     return Finding.of(
         found.curve.loss(n),
