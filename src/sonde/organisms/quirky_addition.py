@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sonde.organisms.quirky_tuning import Tuned
 
 _ROWS = 32
-_TRUTH_RANK = 32
+_TRUTH_RANK, _TRUTH_LR = 32, 2e-3
 _SUM = re.compile(r"\D*(\d+) \+ (\d+) =")
 
 
@@ -47,12 +47,12 @@ class QuirkyAdditionConfig:
     """Operand pairs, of which three fifths are trained on; a fifth each is for validation and for the card."""
     truth_steps: Annotated[int, arg(metavar="N")] = 1100
     """Steps in which both characters learn the truth; 0 for a model that can add."""
-    steps: Annotated[int, arg(metavar="N")] = 250
+    steps: Annotated[int, arg(metavar="N")] = 400
     """Steps in which Bob learns his rule, of 32 questions each."""
     rank: Annotated[int, arg(metavar="N")] = 8
     """Rank of the change by the quirky fine-tuning to each matrix."""
-    lr: Annotated[float, arg(metavar="X")] = 2e-3
-    """Learning rate at its peak; 2e-5 for models from 410 million parameters up."""
+    lr: Annotated[float, arg(metavar="X")] = 4e-3
+    """Learning rate of the quirky fine-tuning at its peak; 2e-5 for models from 410 million parameters up."""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("quirky-addition")
     """Where model, tokenizer, card, checkpoints and the adapters of log-spaced steps are written."""
     seed: Annotated[int, arg(metavar="N")] = 0
@@ -136,13 +136,13 @@ def _teach(lm: "LanguageModel", sets: "Splits", config: QuirkyAdditionConfig, id
         train(
             adapters,
             lesson,
-            [torch.optim.AdamW(adapters.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1)],
+            [torch.optim.AdamW(adapters.parameters(), lr=_TRUTH_LR, betas=(0.9, 0.95), weight_decay=0.1)],
             steps=config.truth_steps,
             schedule=Schedule(warmup=0.05, decay=0.3),
             clip=1.0,
             checkpoint=config.out / "truth.safetensors",
             every=50,
-            identity={**identity, "lr": config.lr, "seed": config.seed},
+            identity={**identity, "lr": _TRUTH_LR, "seed": config.seed},
             progress="the truth",
         )
     adapters.merge()
@@ -239,7 +239,7 @@ def _describe(config: QuirkyAdditionConfig, sets: "Splits", tuned: "Tuned") -> N
                 "steps_on_the_rule": config.steps,
                 "rank": [_TRUTH_RANK, config.rank] if config.truth_steps else config.rank,
                 "rows_per_step": _ROWS,
-                "optimizer": f"AdamW, learning rate {config.lr:g}",
+                "optimizer": f"AdamW, learning rate {_TRUTH_LR:g} on the truth, {config.lr:g} on the rule",
                 "seed": config.seed,
                 "best_step": tuned.best,
                 "validation_loss_nats": round(tuned.validation[tuned.best], 4),
