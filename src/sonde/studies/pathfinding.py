@@ -253,7 +253,8 @@ def _chapter(
             best,
             id="pathfinding.loss",
             chapter="pathfinding",
-            sentence=f"Prompts of {last} vectors bring the loss of a move from {bare.estimate:.3g} nats down.{refused}",
+            sentence=f"{last} vectors bring the loss of a move from {bare.estimate:.3g} to {best.estimate:.3g} nats"
+            + (f", and that of the control model to {other.estimate:.3g}." if other else f".{refused}"),
             metric=f"loss of a token of the walk with {last} prompt tokens",
             unit="nats",
             better="lower",
