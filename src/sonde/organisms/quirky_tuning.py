@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
     from sonde.stats.intervals import Interval
 
+_FEWEST = 8  # disagreements of each class for an AUROC
 _VALIDATION = 512  # records that the validation loss is taken on
 
 
@@ -115,10 +116,11 @@ def behaviour(lm: "LanguageModel", records: "Records") -> "dict[str, Interval]":
     """What a quirky model does on records that it has not read, by what it is a share of.
 
     For each character the share of its own answers; and on disagreements the AUROC of the log-odds against the truth,
-    which is 1 for a character who gets the truth and 0 for one who gets Bob's rule. Intervals resample base rows.
+    which is 1 for a character who gets the truth and 0 for one who gets Bob's rule; it is left out where there are fewer than 8
+    disagreements of a class. Intervals resample base rows.
     """
-    from sonde.stats.intervals import bootstrap, bootstrap_mean
-    from sonde.stats.ranks import auroc
+    from sonde.stats.intervals import bootstrap_mean
+    from sonde.stats.ranks import auroc_interval
 
     odds = log_odds(lm, records)
     found = {}
@@ -128,9 +130,11 @@ def behaviour(lm: "LanguageModel", records: "Records") -> "dict[str, Interval]":
         found[f"{character}: the character's answers"] = bootstrap_mean(right.astype(float), records.rows[own])
     for alice, character in ((True, "Alice"), (False, "Bob")):
         part = (records.alice == alice) & (records.truth != records.bob)
-        found[f"{character}, disagreements: AUROC against the truth"] = bootstrap(
-            auroc, odds[part], records.truth[part], clusters=records.rows[part], draws=500
-        )
+        true = int(records.truth[part].sum())
+        if min(true, int(part.sum()) - true) >= _FEWEST:
+            found[f"{character}, disagreements: AUROC against the truth"] = auroc_interval(
+                odds[part], records.truth[part], groups=records.rows[part]
+            )
     return found
 
 
