@@ -55,3 +55,16 @@ def test_a_file_without_targets_ends_the_audit_before_it_begins(tmp_path):
     with pytest.raises(SondeError, match="line 1 has no 'target'"):
         audit(AuditConfig(MODEL, behaviours=str(tmp_path / "bad.jsonl"), tokens=2048, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_of_the_user_is_told_by_its_name_with_the_control_models_score(tmp_path, monkeypatch):
+    monkeypatch.setattr(elicitation, "_REWARDED", Budget(lengths=(1,), restarts=1, steps=1, batch=2))
+    monkeypatch.setattr(elicitation, "_ROWS", 8)
+    (tmp_path / "own.py").write_text("def length(texts):\n    return [float(len(text)) for text in texts]\n")
+    given = f"{tmp_path}/own.py:length"
+    page = audit(AuditConfig(MODEL, behaviours=given, tokens=2048, chapters=("elicitation",), out=tmp_path / "run"))
+    (finding,) = numbers(page.parent)
+    assert "the score of “length”" in finding["sentence"] and finding["control"]["name"] == "control model"
+    with pytest.raises(SondeError, match="has no function 'width'"):
+        audit(AuditConfig(MODEL, behaviours=f"{tmp_path}/own.py:width", tokens=2048, out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()

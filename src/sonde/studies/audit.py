@@ -53,7 +53,8 @@ class AuditConfig(Runnable):
     default comparisons of numbers."""
     behaviours: Name = None
     """A .jsonl, .json or .csv file of rows with `prompt`, `target` and, for several, `behaviour`, for the chapter on
-    elicitation. By default a fixed phrase and a format."""
+    elicitation; or FILE.py:FUNCTION, a function of a list of texts that gives their scores. By default a fixed phrase
+    and a format."""
     tokens: Count = 65536
     """How many tokens of the text are read."""
     device: Name = None

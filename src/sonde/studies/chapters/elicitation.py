@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 from sonde.data.behaviours import Behaviour, behaviour, read_behaviours
 from sonde.prompts.bits import quantised
 from sonde.prompts.claims import Claim, Elicited, claim
+from sonde.prompts.classified import read_score, score_curve
+from sonde.prompts.control_model import shuffled
 from sonde.prompts.elicitation import Budget, elicit, parts_of
 from sonde.prompts.examples import Examples
 from sonde.prompts.fragility import Fragility, fragility
 from sonde.runs.blocks import Chapter, Column, Table
+from sonde.runs.finding import Control, Finding
 from sonde.studies.chapters.part import Part
 from sonde.studies.elicitation_chapters import curve_finding, rate_figure, tokens
 
@@ -26,6 +29,7 @@ _BUILT_IN = ("phrase", "format")
 _ROWS = 30
 _OWN = 3  # behaviours of a user's file
 _BUDGET = Budget(lengths=(1, 8), restarts=1, lrs=(0.5,), steps=20, batch=6)
+_REWARDED = Budget(lengths=(4,), restarts=1, lrs=(0.3,), steps=20, batch=6)
 _RHO, _DRAWS, _SHAKEN = 0.3, 8, 6  # size of the noise, draws, examples
 
 
@@ -49,10 +53,13 @@ class Elicitation(Part):
     def check(cls, config: "AuditConfig") -> None:
         """The user's behaviours are read before the run begins."""
         if config.behaviours is not None:
-            read_behaviours(config.behaviours)
+            (read_score if _is_code(config.behaviours) else read_behaviours)(config.behaviours)
 
     def write(self) -> Chapter:
         """A finding and a figure for each behaviour, and one table."""
+        given = self.audit.config.behaviours
+        if given is not None and _is_code(given):
+            return self._classified(given)
         with self.audit.timed("elicitation"):
             probes = [self._probe(one) for one in self._behaviours()]
         command = self.audit.command(self.name)
@@ -86,6 +93,66 @@ class Elicitation(Part):
                 "the same budget for the control model and for random tokens as targets. A push works when it makes "
                 "half of the targets exact. Bits: the coarsest uniform grid for the vectors that still works. Noise: "
                 f"{_RHO:g} of the size of an embedding, {_DRAWS} draws. After Nordby, arXiv:2505.14943."
+            ),
+        )
+
+    def _classified(self, given: str) -> Chapter:
+        """The user's classifier: scores of the model's own texts by prompt length, and the control model's."""
+        lm, seed, score = self.audit.lm, self.audit.config.seed, read_score(given)
+        contexts = behaviour("phrase", _ROWS, seed=seed).contexts
+        with self.audit.timed("elicitation"):
+            models = {"model": lm, "control model": shuffled(lm, seed=seed)}
+            found = {
+                name: score_curve(one, contexts, score, _REWARDED, seed=seed, progress=f"elicitation, {name}")
+                for name, one in models.items()
+            }
+        n, name = _REWARDED.lengths[-1], given.rpartition(":")[2]
+        bare, pushed, other = found["model"].mean(0), found["model"].mean(n), found["control model"].mean(n)
+        finding = Finding.of(
+            pushed,
+            id=f"{self.name}.score",
+            chapter=self.name,
+            sentence=(
+                f"{n} tokens bring the score of “{name}” on its own texts from {bare.estimate:.3g} to "
+                f"{pushed.estimate:.3g} on unseen contexts; the control model gets {other.estimate:.3g}."
+            ),
+            metric=f"mean score of greedy texts with {n} prompt tokens",
+            better="higher",
+            control=Control.of("control model", other),
+            command=self.audit.command(self.name),
+            tables=(f"{self.name}.scores",),
+        )
+        rows = [
+            [label, length, *(one.mean(length).estimate, *one.mean(length).bounds)]
+            for label, one in found.items()
+            for length in one.lengths
+        ]
+        texts = Table(
+            id=f"{self.name}.texts",
+            caption=f"What {lm.name} writes under {n} prompt tokens, unseen contexts",
+            columns=[Column(name="text", code=True)],
+            rows=[[text] for text in found["model"].texts],
+        )
+        scores = Table(
+            id=f"{self.name}.scores",
+            caption=f"Mean score of “{name}” by prompt tokens, with its 95 % interval over contexts",
+            columns=["curve", "n", "score", "low", "high"],
+            rows=rows,
+        )
+        return Chapter(
+            id=self.name,
+            question=f"Can it be pushed to what “{name}” looks for?",
+            answer=finding.sentence,
+            findings=[finding],
+            blocks=[scores, texts],
+            not_shown=(
+                "More steps, samples or tokens may bring more. A classifier can be pleased by texts that it was not "
+                "meant for: read them."
+            ),
+            how=(
+                f"Prompts trained for {_REWARDED.steps} steps by reward on sampled texts of 12 tokens, with a "
+                "leave-one-out baseline; greedy texts on other contexts are scored. The control model is the same "
+                "network with the weights of its blocks shuffled."
             ),
         )
 
@@ -144,6 +211,10 @@ class Elicitation(Part):
             ],
             rows=rows,
         )
+
+
+def _is_code(given: str) -> bool:
+    return ".py:" in given
 
 
 def _words(probe: _Probe) -> str:
