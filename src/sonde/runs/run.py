@@ -364,11 +364,20 @@ class Run:
         self.log(f"finished {step} in {self._record['timings'][step]:.1f} s")
 
     def files(self) -> list[tuple[str, int, str]]:
-        """(path in the folder, bytes, SHA-256 in hex) of what the run has written and will not change, by path."""
+        """(path in the folder, bytes, SHA-256 in hex) of what the run has written and will not change, by path.
+
+        Runs in folders of this one, as a sweep has them, keep lists of their own.
+        """
         found = []
+        inner = {record.parent for record in self.folder.glob("*/**/run.json")}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in _LIVE and not name.startswith("checkpoints/"):
+            if (
+                path.is_file()
+                and inner.isdisjoint(path.parents)
+                and name not in _LIVE
+                and not name.startswith("checkpoints/")
+            ):
                 with path.open("rb") as file:
                     found.append((name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()))
         return found

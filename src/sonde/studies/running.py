@@ -7,6 +7,7 @@ is kept; everything else decides the numbers and is what the reproducing command
 import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +23,24 @@ _LEAST_ROWS = 4
 _CONTEXT = 512
 _TOKENS = 4096  # in a batch, if its logits are
 _LOGITS = 1 << 27  # no more than these
+
+
+@dataclass(frozen=True)
+class Named:
+    """A subject that is no language model: a set of models, a network of our own, another study."""
+
+    name: str
+    hash: str = ""
+    n_parameters: int | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Read:
+    """Material that is no text in windows: so many items, and their hash."""
+
+    n_tokens: int | None = None
+    hash: str = ""
 
 
 class Runnable:
@@ -50,7 +69,7 @@ class Runnable:
         return [*self.words, *positional, *options]
 
 
-def open_run(study: str, config: Any, lm: "LanguageModel") -> "Run":
+def open_run(study: str, config: Any, lm: "LanguageModel | Named") -> "Run":
     """Start a run in `config.out` (by default a new folder under runs/), or resume the one there.
 
     Raises `SondeError` as `Run.start` and `Run.resume` do, and for --resume without a folder.
@@ -114,8 +133,8 @@ def halves(text: "TokenBatches", source: str) -> "tuple[TokenBatches, TokenBatch
 
 def publish(
     run: "Run",
-    lm: "LanguageModel",
-    text: "TokenBatches",
+    lm: "LanguageModel | Named",
+    text: "TokenBatches | Read",
     chapters: "Sequence[Chapter]",
     *,
     title: str,

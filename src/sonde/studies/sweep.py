@@ -17,7 +17,7 @@ from tyro.conf import arg
 
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder
-from sonde.studies.running import check_options
+from sonde.studies.running import Named, Read, check_options, publish
 
 if TYPE_CHECKING:
     from sonde.runs.blocks import Chapter, Figure
@@ -209,10 +209,6 @@ def tidy(folder: Path, results: "Iterable[tuple[Setting, Outcome]]") -> list[dic
 
 def _report(run: "Run", study: str, results: "Sequence[tuple[Setting, Outcome]]", seed: int) -> Path:
     """The tidy table as a file, and the report of means over seeds and of how the trials ended."""
-    import sonde
-    from sonde.runs.blocks import Appendix, Figure, Header
-    from sonde.runs.report import write_report
-
     rows = tidy(run.folder, results)
     run.table("trials", [_ended(setting, outcome) for setting, outcome in results])
     if not rows:
@@ -220,35 +216,15 @@ def _report(run: "Run", study: str, results: "Sequence[tuple[Setting, Outcome]]"
         raise SondeError(f"no trial of this sweep has results: {reason}")
     run.table("results", rows)
     chapters = [_means_chapter(run, study, rows, seed), _trials_chapter(results)]
-    for chapter in chapters:
-        for block in chapter.blocks:
-            if isinstance(block, Figure):
-                run.chart(block.id, block.chart)
-    header = Header(
-        id=run.id,
+    return publish(
+        run,
+        Named(study),
+        Read(len(results)),
+        chapters,
         title=f"Sweep of {study}: {len(results)} trials",
-        study="sweep",
-        model=study,
-        command=run.command,
-        created=run.created,
-        seed=run.seed,
-        sonde=sonde.__version__,
-        seconds=run.seconds,
-        status="finished",
-        config_sha256=run.config_sha256,
-    )
-    return write_report(
-        run.path("report.html"),
-        header=header,
-        findings=chapters[0].findings,
-        chapters=chapters,
-        appendix=Appendix(
-            config=run.config,
-            environment=run.environment,
-            timings=run.timings,
-            skipped=[(setting.name, outcome.reason) for setting, outcome in results if outcome.reason],
-            files=[file for file in run.files() if not file[0].startswith(f"{_TRIALS}/")],
-        ),
+        source=f"{len(results)} runs of {study}",
+        timings=dict(run.timings),
+        skipped={setting.name: outcome.reason for setting, outcome in results if outcome.reason},
     )
 
 
