@@ -116,8 +116,8 @@ def behaviour(lm: "LanguageModel", records: "Records") -> "dict[str, Interval]":
     """What a quirky model does on records that it has not read, by what it is a share of.
 
     For each character the share of its own answers; and on disagreements the AUROC of the log-odds against the truth,
-    which is 1 for a character who gets the truth and 0 for one who gets Bob's rule; it is left out where there are fewer
-    than 8 disagreements of a class. Intervals resample base rows.
+    which is 1 for a character who gets the truth and 0 for one who gets Bob's rule; it is left out where fewer
+    than 8 disagreements of a class are there. Intervals resample base rows.
     """
     from sonde.stats.intervals import bootstrap_mean
     from sonde.stats.ranks import auroc_interval
