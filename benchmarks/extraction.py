@@ -3,7 +3,7 @@
     python benchmarks/extraction.py [--model organism:pebble | --width 768 --layers 4] [--prompts 128]
 
 The published way runs one prompt at a time: a pass over the prompt that leaves a cache, then one over each answer
-behind a copy of it. "whole rows" reads prompt and answer twice, without a cache, one row at a time. CPU time of the process.
+behind a copy of it. "whole rows" reads prompt and answer twice, without a cache, one row at a time. CPU time.
 """
 
 import argparse

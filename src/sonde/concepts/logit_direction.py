@@ -27,8 +27,8 @@ from sonde.stats.moments import Moments
 from sonde.stats.solve import solve_spd
 
 if TYPE_CHECKING:
-    from sonde.concepts.contrast import Prompts
     from sonde.lm.model import LanguageModel
+    from sonde.lm.prompt_rows import Prompts
 
 Projector = Literal["none", "orthogonal", "oblique"]
 _SHRINKAGE = 1e-3  # of the mean variance, for the inverse of a covariance of few prompts

@@ -22,8 +22,8 @@ from sonde.lm.prompt_rows import at_position, prompt_ids
 from sonde.stats.solve import solve_spd
 
 if TYPE_CHECKING:
-    from sonde.concepts.contrast import Prompts
     from sonde.lm.model import LanguageModel
+    from sonde.lm.prompt_rows import Prompts
 
 Source = Literal["pooled", "lda"]
 Target = Literal["positive", "negative"]

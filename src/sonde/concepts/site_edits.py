@@ -23,8 +23,8 @@ from sonde.errors import SondeError
 from sonde.files import write_json
 
 if TYPE_CHECKING:
-    from sonde.concepts.contrast import Prompts
     from sonde.lm.model import LanguageModel
+    from sonde.lm.prompt_rows import Prompts
 
 Method = Literal["add", "ablate", "patch", "mean", "ace"]
 Where = Literal["all", "prompt", "reply"]

@@ -27,7 +27,6 @@ from sonde.stats.solve import solve_spd
 
 def fit_logr(task: Task, *, l2: float = L2) -> Solution:
     """Logistic regression; `l2` is the weight of |w|²."""
-    # Of a few rows the covariance costs more than it saves time elsewhere: it is shared with the other probes.
     fitted = logistic(task.rows, task.true, l2=l2, covariance=task.moments.covariance(task.part))
     facts = {"steps": fitted.steps.tolist(), "loss": fitted.loss.tolist(), "converged": bool(fitted.converged.all())}
     return Solution(fitted.weight, fitted.bias, facts)
