@@ -20,6 +20,7 @@ from sonde.stats.gaussian_novelty import Mahalanobis
 from sonde.stats.layered_rows import Novelty
 
 _ELEMENTS = 1 << 24  # distances held at once
+_CANCELS = 1e-4  # a squared distance below this share of the squared lengths has lost digits
 _NO_ZERO = 1e-10  # as scikit-learn has it
 
 
@@ -136,31 +137,31 @@ def nearest(
 ) -> tuple[Float[Tensor, "layers n k"], Int[Tensor, "layers n k"]]:
     """Distances to the `k` nearest rows of `among`, nearest first, and which these are; in float64.
 
-    `same`: row i is row i of `among` and not its own neighbour. Candidates are found by matrix products, then their
-    distances are taken from the differences.
+    `same`: row i is row i of `among` and not its own neighbour. Squared distances are |x|² + |y|² - 2 x · y; where that
+    cancels, they are taken from the differences.
     """
     found = []
-    for _, squares in _distances(rows, among, same=same):
-        found.append(squares.topk(k, largest=False).indices)
-    index = torch.cat(found, 1)
-    distance = torch.stack(
-        [
-            torch.linalg.vector_norm(rows - among.gather(1, index[..., place, None].expand_as(rows)), dim=-1)
-            for place in range(k)
-        ],
-        -1,
-    )
-    distance, order = distance.sort(-1)
+    for _, partly in _distances(rows, among, same=same):
+        chosen = torch.from_numpy(np.argpartition(partly.numpy(), k - 1, axis=-1)[..., :k].copy())
+        found.append((partly.gather(-1, chosen), chosen))
+    squares, index = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    own = rows.square().sum(-1, keepdim=True)
+    squares += own
+    size = own + _take(among.square().sum(-1), index)
+    layer, row, place = (squares < _CANCELS * size).nonzero(as_tuple=True)
+    off = rows[layer, row] - among[layer, index[layer, row, place]]
+    squares[layer, row, place] = off.square().sum(-1)
+    distance, order = squares.clamp(min=0).sqrt().sort(-1)
     return distance, index.gather(-1, order)
 
 
 def _distances(rows: Tensor, among: Tensor, *, same: bool):
-    """Squared distances in chunks of rows, each with the number of its first row."""
+    """Squared distances less each row's own |x|², in chunks of rows, each with the number of its first row."""
     lengths = among.square().sum(-1)[:, None]
     chunk = max(1, _ELEMENTS // (among.shape[0] * among.shape[1]))
     for start in range(0, rows.shape[1], chunk):
         part = rows[:, start : start + chunk]
-        squares = torch.baddbmm(lengths, part, among.mT, alpha=-2.0).add_(part.square().sum(-1, keepdim=True))
+        squares = torch.baddbmm(lengths, part, among.mT, alpha=-2.0)
         if same:
             own = torch.arange(part.shape[1])
             squares[:, own, start + own] = torch.inf
