@@ -308,7 +308,8 @@ def shuffled_aurocs(
     """AUROC on `test` of a probe that was fitted on labels dealt at random: what is found in noise."""
     found = []
     for draw in range(draws):
-        scores = _scores(_fitted(probe, train.shuffled(seed + draw), None, seed), test).T
+        dealt = train.shuffled(seed + draw)
+        scores = _scores(_fitted(probe, dealt, dealt, seed), test).T
         found.append(auroc(scores, np.broadcast_to(test.truth, scores.shape)))
     return np.array(found)
 
