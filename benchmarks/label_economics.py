@@ -2,6 +2,7 @@
 
     python benchmarks/label_economics.py                                          sweep 20,000 x 768, inner fit
     python benchmarks/label_economics.py --parts fit query                        without the sweep
+    python benchmarks/label_economics.py --parts generalise errors                weak to strong; learnable errors
     python -m pip install scikit-activeml modAL-python, each in an environment of its own, for the peers of the query
 
 No other package sweeps budgets and shares of two prices; the sweep has a target, not a peer.
@@ -95,6 +96,42 @@ def query(pool: int, rounds: int) -> None:
         print(f"  {name:16} {ratio}")
 
 
+def generalise() -> None:
+    """Every recipe of weak to strong on two planted tasks: how much of the gap it recovers."""
+    from sonde.knowledge.weak_to_strong import RECIPES
+    from sonde.knowledge.weak_to_strong import generalise as taught
+
+    tasks = [planted_task(pool=5000, test=1000, seed=seed) for seed in range(2)]
+    for recipe in RECIPES:
+        one = taught(tasks, recipe, rows=2000)
+        gap = one.recovered
+        print(
+            f"  {recipe.name:20} supervisor {one.supervisor:.3f} student {one.student:.3f} ceiling {one.ceiling:.3f} "
+            + ("no gap" if gap is None else f"recovered {gap.estimate:.2f} [{gap.low:.2f}, {gap.high:.2f}]")
+        )
+
+
+def errors(seeds: int) -> None:
+    """What 5,000 weak labels alone teach, with their errors where they are and dealt anew among the rows."""
+    from dataclasses import replace
+
+    from sonde.knowledge.label_problem import Purchase
+    from sonde.knowledge.label_score import rates
+    from sonde.knowledge.weak_labels import shuffled_errors
+
+    found: dict[str, list[float]] = {"as they are": [], "shuffled": []}
+    for seed in range(seeds):
+        task = planted_task(pool=6000, seed=seed)
+        weak, oracle = task.sources
+        dealt = shuffled_errors(weak.labels, oracle.labels.argmax(1).numpy(), seed=seed)
+        for name, labels in (("as they are", weak.labels), ("shuffled", dealt)):
+            changed = replace(task, sources=(replace(weak, labels=labels), oracle))
+            outcome = Sequential()(changed, Purchase(changed, {"weak": 5000}, seed=seed), seed=seed)
+            found[name].append(rates(outcome.scores, task.test_truth)[0])
+    for name, values in found.items():
+        print(f"  errors {name:12} {np.mean(values):.3f} (s.d. {np.std(values, ddof=1):.3f} over {seeds} seeds)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["sweep", "fit", "query"])
@@ -111,6 +148,10 @@ def main() -> None:
         fits(8000, 768, options.rounds)
     if "query" in options.parts:
         query(20_000, options.rounds)
+    if "generalise" in options.parts:
+        generalise()
+    if "errors" in options.parts:
+        errors(options.seeds)
 
 
 if __name__ == "__main__":

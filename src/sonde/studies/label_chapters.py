@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sonde.knowledge.label_frontier import MeanRun, averaged, best_within, frontier
-from sonde.knowledge.label_regime import WORDS, Regime, regime
+from sonde.knowledge.label_regime import Regime, regime
 from sonde.knowledge.label_sweep import accuracy_table
 from sonde.runs import chart_kinds
 from sonde.runs.blocks import Chapter, Column, Figure, Table
@@ -61,7 +61,7 @@ def _regime_chapter(pilot: Pilot) -> Chapter:
         question="At which budgets does quantity count, and at which quality?",
         answer=(
             f"{_regime_title(verdicts)}. Quantity is all money for weak labels, quality all for oracle labels; with "
-            f"weak labels that mean nothing the verdict at {pilot.control_budget:,g} is {WORDS[empty.verdict]}."
+            f"weak labels that mean nothing the verdict at {pilot.control_budget:,g} is {empty.verdict}."
         ),
         findings=findings,
         blocks=[

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
@@ -18,7 +17,7 @@ from tyro.conf import arg
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Name, Names
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Named, Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.knowledge.label_problem import Problem
@@ -100,7 +99,7 @@ def label_economics(config: LabelEconomicsConfig) -> Path:
         first = sources.read_problem(config)
         budgets = sources.pilot_budgets(first, config.budgets)
     cells(first, budgets, config.shares or ())
-    shown: Any = SimpleNamespace(name=first.name.replace(" ", "-"), device="cpu", hash="", n_parameters=None)
+    shown = Named(first.name.replace(" ", "-"))
     with open_run("label-economics", config, shown) as run:
         runs, control, curves = _pilot(run, config, first, budgets)
         pilot = Pilot(
@@ -113,11 +112,10 @@ def label_economics(config: LabelEconomicsConfig) -> Path:
             command=shlex.join(config.command()),
         )
         run.table("runs", [_flat(one) for one in runs])
-        text: Any = SimpleNamespace(n_tokens=None, hash="")
         return publish(
             run,
             shown,
-            text,
+            Read(hash=first.test_hash),
             chapters.all_chapters(pilot),
             title="What to buy with a labelling budget",
             source="a planted task" if config.data is None else Path(config.data).name,

@@ -135,8 +135,7 @@ def worth_chapter(pilot: Pilot) -> Chapter:
             Figure(id="worth.surface", chart=heat, caption="Predicted accuracy by numbers of weak and oracle labels."),
             Table(
                 id="worth.substitution",
-                caption="At the recommended purchase of each budget: what the next label adds, and how many weak "
-                "labels the next oracle label is worth",
+                caption="What further labels add at the purchase recommended for each budget",
                 columns=["budget", weak, oracle, "accuracy",
                          Column(name="100 more weak", unit="points"), Column(name="100 more oracle", unit="points"),
                          "rate, power law", "rate, Gaussian process", "ratio of prices"],
