@@ -211,7 +211,8 @@ class Taps:
 
         yield keep
         for reading in self._readings:
-            for site in reading.pieces[0] if reading.pieces else ():
+            # One piece is what was read: joining it would copy it.
+            for site in reading.pieces[0] if len(reading.pieces) > 1 else ():
                 reading.acts[site] = torch.cat([piece[site] for piece in reading.pieces], 1)
             reading.pieces.clear()
 
