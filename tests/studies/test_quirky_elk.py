@@ -7,6 +7,7 @@ from kill_and_resume import numbers
 from sonde.cli import main
 from sonde.data.quirky import quirky_sets
 from sonde.errors import SondeError
+from sonde.studies import quirky_elk_measures
 from sonde.studies.quirky_elk import QuirkyElkConfig, quirky_elk
 from sonde.studies.quirky_elk_measures import split_bases, whole_bases
 
@@ -17,6 +18,14 @@ def run(*options: str) -> int:
     with pytest.raises(SystemExit) as end:
         main(["run", "quirky-elk", *options])
     return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quirky_elk_measures, "SHUFFLED", 2)
+        patch.setattr(quirky_elk_measures, "REFLECTED", 100)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,8 @@ def test_fewer_rows_than_asked_for_are_all_used_with_a_warning():
         ({"test": 10}, "--test is 10: give 64 or more"),
         ({"seeds": 0}, "--seeds is 0"),
         ({"seeds": 2, "model": "organism:pebble"}, "only organism:quirky-comparison is trained again"),
-        ({"quirk": "addition"}, "knows the set comparison only, not addition"),
+        ({"quirk": "addition"}, "organism:quirky-comparison knows its own set only"),
+        ({"model": "organism:pebble"}, "--quirk names the set that organism:pebble was trained on"),
         ({"probes": ("nose",)}, "--probes takes some of .*, not nose"),
         ({"model": "organism:pebble", "quirk": "nonsense"}, "there is no quirky set 'nonsense'"),
         ({"model": "organism:pebble", "quirk": "sentiment"}, "give source, a .csv or .jsonl file"),

@@ -8,16 +8,24 @@ from kill_and_resume import numbers
 
 from sonde.cli import main
 from sonde.errors import SondeError
+from sonde.studies import truth_measures
 from sonde.studies.truth_probes import TruthProbesConfig, truth_probes
 
 MODEL = "organism:pebble"
-SMALL = ("--rows", "240", "--probes", "logr", "diff-in-means")
+SMALL = ("--rows", "160", "--probes", "logr", "diff-in-means")
 
 
 def run(*options: str) -> int:
     with pytest.raises(SystemExit) as end:
         main(["run", "truth-probes", MODEL, *options])
     return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(truth_measures, "SHUFFLED", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def test_a_finished_study_is_resumed_with_the_same_numbers(report):
     assert run(*SMALL, "--out", str(report.parent), "--resume") == 0
     assert numbers(report.parent) == before
     assert {one["command"] for one in before} == {
-        "sonde run truth-probes organism:pebble --rows 240 --probes logr diff-in-means"
+        "sonde run truth-probes organism:pebble --rows 160 --probes logr diff-in-means"
     }
 
 
@@ -74,7 +82,7 @@ def test_files_that_share_a_base_are_split_together(tmp_path):
 @pytest.mark.data
 def test_the_files_of_the_literature_run(shared_data, tmp_path):
     files = tuple(str(shared_data / f"truth/{name}.csv") for name in ("sp_en_trans", "neg_sp_en_trans"))
-    config = TruthProbesConfig(MODEL, statements=files, probes=("logr",), rows=200, out=tmp_path / "run")
+    config = TruthProbesConfig(MODEL, statements=files, probes=("logr",), rows=120, out=tmp_path / "run")
     assert "sp_en_trans" in truth_probes(config).read_text(encoding="utf-8")
 
 

@@ -9,10 +9,12 @@ import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
 
 from sonde.errors import SondeError
-from sonde.studies.options import Count, Folder, Model, Name, Names
+from sonde.studies.options import Count, Folder, Model, Name
 from sonde.studies.registry import study
 from sonde.studies.running import Runnable, check_options, open_run, publish
 
@@ -36,8 +38,9 @@ class QuirkyElkConfig(Runnable):
 
     model: Model = ORGANISM
     """A quirky model: an organism, a local folder in Hugging Face format, or a name on the hub."""
-    quirk: str = "comparison"
-    """The quirky set that it was trained on: addition, comparison, sentiment … see `sonde.data.quirky_catalogue`."""
+    quirk: Name = None
+    """The quirky set that it was trained on, such as addition or sentiment (`sonde.data.quirky_catalogue`). By default
+    that of an organism."""
     source: Name = None
     """A .csv, .json or .jsonl file of rows, for the sets that are made from text."""
     mode: Literal["single", "mixture", "standardised"] = "single"
@@ -46,7 +49,7 @@ class QuirkyElkConfig(Runnable):
     """Records that probes are trained on. A quarter as many more choose the layer."""
     test: Count = 2000
     """Records of other base rows that they are read on."""
-    probes: Names = PROBES
+    probes: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = PROBES
     """Which probes, by name; the first makes the findings."""
     seeds: Count = 1
     """Models. The second and later ones are organism:quirky-comparison trained again, a minute each."""
@@ -99,6 +102,7 @@ def quirky_elk(config: QuirkyElkConfig) -> Path:
 
 def _check(config: QuirkyElkConfig) -> None:
     from sonde.knowledge.probes import PROBES as KNOWN
+    from sonde.studies.quirky_organisms import organism_sets
 
     check_options(config)
     for name, value in (("--train", config.train), ("--test", config.test)):
@@ -108,9 +112,12 @@ def _check(config: QuirkyElkConfig) -> None:
         raise SondeError(f"--seeds is {config.seeds}: give at least 1")
     if config.seeds > 1 and config.model != ORGANISM:
         raise SondeError(f"--seeds is {config.seeds}: only {ORGANISM} is trained again, not {config.model}")
-    if config.model == ORGANISM and config.quirk != "comparison":
-        raise SondeError(f"{ORGANISM} knows the set comparison only, not {config.quirk}: give --model too")
-    unknown = [name for name in config.probes or () if name not in KNOWN]
+    own = organism_sets(config.model) is not None
+    if own and (config.quirk, config.source, config.mode) != (None, None, "single"):
+        raise SondeError(f"{config.model} knows its own set only: leave --quirk, --source and --mode out")
+    if not own and config.quirk is None:
+        raise SondeError(f"--quirk names the set that {config.model} was trained on, such as addition")
+    unknown = [name for name in config.probes if name not in KNOWN]
     if unknown or not config.probes:
         raise SondeError(f"--probes takes some of {', '.join(KNOWN)}, not {' '.join(unknown) or 'none'}")
 
@@ -118,11 +125,10 @@ def _check(config: QuirkyElkConfig) -> None:
 def _splits(config: QuirkyElkConfig, number: int) -> "Splits":
     """The records of one model: those of its own seed where it is trained here, so that none of the test was read."""
     from sonde.data.quirky import quirky_sets
-    from sonde.organisms.quirky_comparison import comparison_sets
+    from sonde.studies.quirky_organisms import organism_sets
 
-    if config.model == ORGANISM and config.mode == "single":
-        return comparison_sets(number)
-    return quirky_sets(config.quirk, mode=config.mode, seed=config.seed, source=config.source)
+    own = organism_sets(config.model, number)
+    return own or quirky_sets(str(config.quirk), mode=config.mode, seed=config.seed, source=config.source)
 
 
 def _model(lm: "LanguageModel", number: int) -> "LanguageModel":

@@ -139,7 +139,7 @@ def _transfer(w: Written) -> Chapter:
         {
             "Alice to Alice": w.curve("A", "A"),
             "Alice to Bob": w.curve("A", "B"),
-            "to Bob, disagreements": w.curve("A", "B", "disagreements"),
+            "disagreements": w.curve("A", "B", "disagreements"),
         },
         {RANDOM: w.random()},
         sites,

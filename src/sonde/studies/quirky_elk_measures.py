@@ -127,12 +127,12 @@ def _measured(run: Run, lm: LanguageModel, splits: Splits, config: "QuirkyElkCon
     sets = {name: subsets(states[name], records) for name, records in parts.items()}
     names = [name for name in sets["fit"].samples if all(name in one.samples for one in sets.values())]
     train, kept, target = ({name: sets[part].samples[name] for name in names} for part in parts)
-    first = (config.probes or ())[0]
+    first = config.probes[0]
     transfers = transfer(
         train,
         target,
         held=kept,
-        probes=config.probes or (),
+        probes=config.probes,
         trusted="A",
         seed=config.seed,
         progress="probes",

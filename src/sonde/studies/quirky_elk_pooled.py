@@ -28,7 +28,7 @@ class Written:
         self.found, self.run, self.config, self.command = list(found), run, config, command
         self.transfers = [one.transfers for one in found]
         self.first: Transfers = self.transfers[0]
-        self.probe = (config.probes or ())[0]
+        self.probe = config.probes[0]
 
     def finding(self, measured: Interval | Undefined, **fields: Any) -> Finding:
         """A finding; refused, with the reason, where there is no number."""

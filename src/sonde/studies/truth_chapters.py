@@ -25,7 +25,7 @@ def chapters(
     found: Truth, sets: Sequence[Statements], run: Run, config: "TruthProbesConfig", command: str
 ) -> list[Chapter]:
     """Two chapters: within each set, and (with several) from each to the others."""
-    probe = (config.probes or ())[0]
+    probe = config.probes[0]
     made = [_within(found, sets, probe, run, command)]
     return [*made, _across(found, sets, probe, run, command)] if len(sets) > 1 else made
 

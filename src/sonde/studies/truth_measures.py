@@ -63,7 +63,7 @@ def answers_of(lm: LanguageModel, given: Sequence[str] = ()) -> tuple[str, str]:
     """
     if given and len(given) != 2:
         raise SondeError(f"--answers takes two, the negative and the positive, not {' '.join(given)}")
-    for pair in (tuple(given),) if given else ANSWERS:
+    for pair in ((given[0], given[1]),) if given else ANSWERS:
         try:
             answer_tokens(lm, ["It is."], [lm.encode("It is.")], [pair])
         except SondeError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from sonde.errors import SondeError
-from sonde.studies.options import Count, Folder, Model, Name, Names
+from sonde.studies.options import Count, Folder, Model, Name
 from sonde.studies.registry import study
 from sonde.studies.running import Runnable, check_options, open_run, publish
 
@@ -42,7 +42,7 @@ class TruthProbesConfig(Runnable):
     """What a statement is answered with, each one token with its space. By default " False" " True", or what fits."""
     rows: Count = 1000
     """Statements of each file that are used, at most."""
-    probes: Names = PROBES
+    probes: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = PROBES
     """Which probes, by name; the first makes the findings."""
     out: Folder = None
     """The run folder. By default a new one under runs/."""
@@ -87,7 +87,7 @@ def truth_probes(config: TruthProbesConfig) -> Path:
                 if not path.exists():
                     statement_states(lm, one, answers, progress=f"states, {one.name}").save(path)
                 states[one.name] = States.load(path)
-            run.finish("truth", measure(sets, states, probes=config.probes or (), seed=config.seed).state())
+            run.finish("truth", measure(sets, states, probes=config.probes, seed=config.seed).state())
         found = Truth.from_state(run.result("truth"))
         return publish(
             run,
@@ -106,7 +106,7 @@ def _check(config: TruthProbesConfig) -> None:
     check_options(config)
     if config.rows < _LEAST:
         raise SondeError(f"--rows is {config.rows}: give {_LEAST} or more")
-    unknown = [name for name in config.probes or () if name not in KNOWN]
+    unknown = [name for name in config.probes if name not in KNOWN]
     if unknown or not config.probes:
         raise SondeError(f"--probes takes some of {', '.join(KNOWN)}, not {' '.join(unknown) or 'none'}")
     if config.base is not None and not config.statements:

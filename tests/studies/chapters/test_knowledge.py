@@ -11,6 +11,7 @@ import sonde
 from sonde.errors import SondeError
 from sonde.files import load_bundle, save_bundle
 from sonde.runs.charts import spec
+from sonde.studies import truth_measures
 from sonde.studies.audit import AuditConfig
 from sonde.studies.chapters import knowledge
 from sonde.studies.chapters.knowledge import Knowledge
@@ -18,7 +19,8 @@ from sonde.studies.chapters.knowledge import Knowledge
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    monkeypatch.setattr(knowledge, "_ROWS", 200)
+    monkeypatch.setattr(knowledge, "_ROWS", 160)
+    monkeypatch.setattr(truth_measures, "SHUFFLED", 2)
 
 
 def chapter(tmp_path, model="organism:pebble", statements=None) -> Knowledge:

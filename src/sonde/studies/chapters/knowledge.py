@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sonde.data.quirky import Records
 from sonde.data.statements import Statements, comparisons, read_statements
 from sonde.knowledge.states import States, extract
 from sonde.knowledge.tables import Undefined
@@ -20,12 +21,12 @@ from sonde.stats.intervals import Interval, wilson
 from sonde.studies.audit import AuditConfig
 from sonde.studies.chapters.part import Audit, Part
 from sonde.studies.knowledge_blocks import SHUFFLED, short
+from sonde.studies.quirky_organisms import organism_sets
 from sonde.studies.truth_chapters import control_at, curve_chart, present
 from sonde.studies.truth_measures import Truth, answers_of, measure, statement_states
 
 PROBE = "logr"
 _ROWS = 600
-_QUIRKY = "organism:quirky-"
 _ALARM = 0.05
 
 
@@ -42,13 +43,13 @@ class Knowledge(Part):
 
     def __init__(self, audit: Audit) -> None:
         super().__init__(audit)
-        self._quirky = audit.config.statements is None and audit.lm.name.startswith(_QUIRKY)
+        self._own = None if audit.config.statements else organism_sets(audit.lm.name)
 
     def prepare(self) -> None:
         """Read the statements, fit the probes and the alarm."""
         audit, seed = self.audit, self.audit.config.seed
         with audit.timed("knowledge"):
-            self._sets, states = self._questions() if self._quirky else self._statements()
+            self._sets, states = self._questions(self._own.test) if self._own else self._statements()
             if not audit.run.done("knowledge"):
                 given = {one.name: read() for one, read in zip(self._sets, states, strict=True)}
                 audit.run.finish("knowledge", measure(self._sets, given, probes=(PROBE,), seed=seed).state())
@@ -102,11 +103,9 @@ class Knowledge(Part):
         answers = answers_of(lm)
         return sets, [lambda one=one: statement_states(lm, one, answers) for one in sets]
 
-    def _questions(self) -> tuple[list[Statements], list[Any]]:
+    def _questions(self, asked: Records) -> tuple[list[Statements], list[Any]]:
         """What Alice and Bob ask a quirky organism, on base rows that it was not trained on."""
-        from sonde.organisms.quirky_comparison import comparison_sets
-
-        records = comparison_sets().test.sample(2 * _ROWS, self.audit.config.seed)
+        records = asked.take(np.random.default_rng(self.audit.config.seed).permutation(len(asked))[: 2 * _ROWS])
         sides = {name: records.take(records.alice == alice) for name, alice in (("Alice", True), ("Bob", False))}
         sets = [
             Statements(f"asked by {name}", tuple(side.prompts), side.truth, tuple(map(str, side.rows)))
