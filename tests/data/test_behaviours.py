@@ -20,7 +20,7 @@ def test_contexts_differ_and_the_seed_decides(name):
 
 
 def test_targets_follow_from_contexts():
-    assert set(behaviour("phrase", 5).targets) == {PHRASE}
+    assert set(behaviour("phrase", 8).targets) == {PHRASE}
     for context, target in zip(
         *(getattr(behaviour("format", 9), part) for part in ("contexts", "targets")), strict=True
     ):
@@ -31,15 +31,15 @@ def test_targets_follow_from_contexts():
 
 
 def test_a_file_may_hold_one_behaviour_or_several(tmp_path):
-    rows = [{"prompt": f"p{i}", "target": " yes"} for i in range(3)]
+    rows = [{"prompt": f"p{i}", "target": " yes"} for i in range(8)]
     (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (one,) = read_behaviours(tmp_path / "mine.jsonl")
-    assert (one.name, one.what, one.targets) == ("mine", "write “yes”", (" yes",) * 3)
-    several = [{**row, "target": f" {i}", "behaviour": "b" if i % 2 else "a"} for i, row in enumerate(rows * 2)]
+    assert (one.name, one.what, one.targets) == ("mine", "write “yes”", (" yes",) * 8)
+    several = [{"prompt": f"p{i}", "target": f" {i}", "behaviour": "b" if i % 2 else "a"} for i in range(16)]
     several += [{"prompt": f"q{i}", "target": " x", "behaviour": "a"} for i in range(3)]
     (tmp_path / "all.json").write_text(json.dumps(several))
     a, b = read_behaviours(tmp_path / "all.json")
-    assert (a.name, len(a), b.name, b.what) == ("a", 6, "b", "do “b”")
+    assert (a.name, len(a), b.name, b.what) == ("a", 11, "b", "do “b”")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_file_may_hold_one_behaviour_or_several(tmp_path):
         ([{"prompt": "", "target": "b"}], r"entry 1 has no 'prompt'"),
         ([1], "expected a row with prompt and target, found int"),
         ([], "holds no rows"),
-        ([{"prompt": "a", "target": "b"}] * 5, "has 1 prompts: 3 different ones are needed"),
+        ([{"prompt": "a", "target": "b"}] * 5, "has 1 prompts: 8 different ones are needed"),
     ],
     ids=str,
 )

@@ -94,7 +94,7 @@ def test_defences_by_nothing_and_of_another_vocabulary_are_refused(lm):
     with pytest.raises(SondeError, match="no system prompt, model, edit or filter"):
         Defence("nothing")
     other = LanguageModel(tiny("gpt_neox", vocab_size=80), name="other")
-    examples = Examples([[i, 2] for i in range(6)], [[7]] * 6)
+    examples = Examples([[i, 2] for i in range(8)], [[7]] * 8)
     with pytest.raises(SondeError, match="other has 80 tokens, tiny has"):
         defence_strength(
             lm, examples, [Defence("d", model=other)], Budget(lengths=(1,), restarts=1, steps=1), bits=False

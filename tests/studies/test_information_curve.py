@@ -75,7 +75,7 @@ def test_bad_options_are_refused_in_one_line(change, message, tmp_path):
 
 
 def test_a_file_of_prompts_and_targets_is_a_behaviour(tmp_path):
-    rows = [{"prompt": f"{i} is", "target": " odd" if i % 2 else " even", "behaviour": "Parity!"} for i in range(6)]
+    rows = [{"prompt": f"{i} is", "target": " odd" if i % 2 else " even", "behaviour": "Parity!"} for i in range(8)]
     (tmp_path / "own.json").write_text(json.dumps(rows))
     config = InformationCurveConfig(
         **{**SMALL, "lengths": (1,)},

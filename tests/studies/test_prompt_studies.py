@@ -67,7 +67,7 @@ def test_prompts_are_written_from_conditions_and_walks_are_followed(tmp_path):
         (defence_strength, DefenceStrengthConfig, {"site": "resid_post.99"}, "resid_post.99"),
         (pathfinding, PathfindingConfig, {"boards": 3}, "--boards is 3"),
         (pathfinding, PathfindingConfig, {"lengths": (0,)}, "numbers above 0"),
-        (pathfinding, PathfindingConfig, {"longest": 1}, "raise --longest"),
+        (pathfinding, PathfindingConfig, {"longest": 1, "size": 2}, "raise --longest"),
     ],
     ids=str,
 )

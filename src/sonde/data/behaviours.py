@@ -19,7 +19,7 @@ from sonde.errors import SondeError
 BUILT_IN = ("phrase", "format", "rule")
 PHRASE = " All is well with the sea."
 _WORDS = 8  # of a context of the phrase
-_LEAST = 3  # rows: one to train on, one to choose by, one to report
+_LEAST = 8  # rows: a fifth of them, which prompts are reported on, should be two
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Behaviour:
 def behaviour(name: str, n: int, *, seed: int = 0) -> Behaviour:
     """At most `n` rows of a built-in behaviour; all contexts differ.
 
-    Raises `SondeError` for a name that is not built in and for fewer than three rows.
+    Raises `SondeError` for a name that is not built in and for fewer than eight rows.
     """
     if name not in BUILT_IN:
         raise SondeError(f"there is no behaviour {name!r}: built in are {', '.join(BUILT_IN)}")
@@ -61,7 +61,7 @@ def behaviour(name: str, n: int, *, seed: int = 0) -> Behaviour:
 def read_behaviours(path: str | Path) -> list[Behaviour]:
     """Behaviours from a .jsonl, .json or .csv file; rows without a `behaviour` belong to one named after the file.
 
-    Raises `SondeError` that names the row for one without `prompt` and `target`, and for fewer than three prompts.
+    Raises `SondeError` that names the row for one without `prompt` and `target`, and for fewer than eight prompts.
     """
     from sonde.data.rows import read_rows
 

@@ -32,6 +32,7 @@ from sonde.prompts.soft_prompt import Position
 from sonde.prompts.training import Trial, score_prompts, train_prompts
 
 _SPLIT = (0.6, 0.2, 0.2)
+_LEAST = 8
 
 Parts = tuple[Examples, Examples, Examples]
 Filter = Callable[[list[int]], bool]
@@ -65,9 +66,15 @@ class Budget:
 
 
 def parts_of(examples: Examples, *, held_out: bool = True, seed: int = 0) -> Parts:
-    """Contexts to train on, to choose by and to report on; without `held_out`, all of them for all three."""
+    """Contexts to train on, to choose by and to report on; without `held_out`, all of them for all three.
+
+    Raises `SondeError` for fewer than eight different ones.
+    """
     if not held_out:
         return examples, examples, examples
+    different = len({tuple(context) for context in examples.contexts})
+    if different < _LEAST:
+        raise SondeError(f"{different} different contexts are too few: with {_LEAST}, two are left to report on")
     training, validation, test = examples.split(_SPLIT, seed=seed)
     return training, validation, test
 
