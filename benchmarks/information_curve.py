@@ -23,7 +23,7 @@ BUDGET = Budget(lengths=(1, 4, 16, 64), restarts=3, lrs=(0.3,), steps=80, batch=
 
 def main() -> None:
     """Print seconds of the processor and of the clock, and what was found."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # so that seconds of the processor mean something on a busy machine
     lm, clean = (sonde.load(f"organism:markov-{which}") for which in ("backdoor", "clean"))
     asked = contexts(80, seed=1)
     examples = Examples(asked, [trigger_ids()[1]] * len(asked))

@@ -13,6 +13,7 @@ information in the vectors from above, the fourth that of a message in the model
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -158,7 +159,7 @@ def noise_coded(
             "log_deviation": torch.full((count, *prompt.vectors.shape), math.log(0.1 * rms)),
         }
     )
-    price = torch.tensor(prices)
+    price, places = torch.tensor(prices), cast(list[Position], [prompt.position] * count)
     batches = passes.batches(batch, seed=seed)
 
     def bank(generator: torch.Generator) -> Tensor:
@@ -166,7 +167,7 @@ def noise_coded(
         return (coder["mean"] + coder["log_deviation"].exp() * drawn).reshape(count * n, -1)
 
     def loss(step: int) -> Tensor:
-        rows = passes.rows(batches[step % len(batches)], [n] * count, [prompt.position] * count, generator=noise)
+        rows = passes.rows(batches[step % len(batches)], [n] * count, places, generator=noise)
         found = whole_target(passes.score(bank(noise).to(lm.device), rows)).view(count, -1).mean(1).cpu()
         cost = information(coder["mean"], coder["log_deviation"], rms) * math.log(2)
         return (found + price * cost).sum()

@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -54,7 +55,7 @@ def read_score(given: str) -> Score:
         spec.loader.exec_module(module)
     except Exception as error:
         raise SondeError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
+    found: Any = getattr(module, name, None)
     if not callable(found):
         raise SondeError(f"{file} has no function {name!r}: it should take a list of texts and give as many numbers")
     return found

@@ -132,7 +132,8 @@ def _losses(
     for batch in batches:
         for begin in range(0, len(prompts), size):
             part = prompts[begin : begin + size]
-            rows = passes.rows(batch, [n] * len(part), [position] * len(part))
+            places: list[Position] = [position] * len(part)
+            rows = passes.rows(batch, [n] * len(part), places)
             scored = passes.score(embedded(passes.lm, part.flatten()), rows)
             nats = (scored.nats * (scored.weights > 0)).sum(1)
             total[begin : begin + size] += nats.view(len(part), len(batch)).sum(1).cpu()
