@@ -36,12 +36,17 @@ def sweep_seconds(seeds: int, *, pool: int, width: int) -> None:
     print(f"sweep, {len(runs)} cells on {pool:,} x {width}: {wall:.1f} s, CPU {cpu:.1f} s")
 
 
-def fits(n: int, width: int, rounds: int) -> None:
-    """A path of 11 penalties: ours, scikit-learn from penalty to penalty with warm start, and its cross-validator."""
+def fits(n: int, width: int, rounds: int, *, decay: float) -> None:
+    """A path of 11 penalties: ours, and scikit-learn's from penalty to penalty with warm start.
+
+    decay: of the standard deviations of the principal components with their number, 0 for isotropic features.
+    """
     from sklearn.linear_model import LogisticRegression
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, width, generator=generator)
+    axes = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    x = (torch.randn(n, width, generator=generator) * torch.arange(1, width + 1) ** -decay) @ axes
+    x = (x - x.mean(0)) / x.std(0)
     truth = (x @ torch.randn(width, generator=generator) / width**0.5 + 0.2 * torch.randn(n, generator=generator)) > 0
     y = torch.nn.functional.one_hot(truth.long(), 2).float()
     scale = float(x.square().sum() / n)
@@ -52,14 +57,14 @@ def fits(n: int, width: int, rounds: int) -> None:
 
     def theirs(solver: str, tol: float) -> Callable[[], None]:
         def path() -> None:
-            model = LogisticRegression(fit_intercept=False, warm_start=True, solver=solver, tol=tol, max_iter=1000)
+            model = LogisticRegression(fit_intercept=False, warm_start=True, solver=solver, tol=tol, max_iter=5000)
             for penalty in PENALTIES:
                 model.set_params(C=1 / (penalty * scale)).fit(rows, labels)
 
         return path
 
-    ways = {"sonde": ours, "lbfgs": theirs("lbfgs", 1e-4), "newton-cholesky": theirs("newton-cholesky", 1e-4)}
-    print(f"path of {len(PENALTIES)} penalties, {n:,} x {width}:")
+    ways = {"sonde": ours, "lbfgs, tol 1e-4": theirs("lbfgs", 1e-4), "lbfgs, tol 1e-5": theirs("lbfgs", 1e-5)}
+    print(f"path of {len(PENALTIES)} penalties, {n:,} x {width}, decay {decay:g}:")
     for name, ratio in interleave(ways, rounds=rounds, warmup=1).items():
         print(f"  {name:16} {ratio}")
 
@@ -144,8 +149,9 @@ def main() -> None:
     if "sweep" in options.parts:
         sweep_seconds(options.seeds, pool=20_000, width=768)
     if "fit" in options.parts:
-        fits(1200, 768, options.rounds)
-        fits(8000, 768, options.rounds)
+        for decay in (0.0, 0.75):
+            fits(1200, 768, options.rounds, decay=decay)
+            fits(4000, 768, options.rounds, decay=decay)
     if "query" in options.parts:
         query(20_000, options.rounds)
     if "generalise" in options.parts:
