@@ -38,6 +38,10 @@ class LayerMoments:
             self._covariances[part] = torch.stack(found)
         return self._covariances[part]
 
+    def known(self, part: Part) -> Float[Tensor, "layers width width"] | None:
+        """The covariance of the rows, where it was computed before."""
+        return self._covariances.get(part)
+
     def pair_sums(self, layer: int) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
         """Of one layer, float64: Cov(h-) + Cov(h+), and Cov(h-, h+) plus its transpose."""
         whole = self.covariance("pair")[layer].double()

@@ -33,6 +33,7 @@ from sonde.stats.ranks import auroc
 
 FORMAT = "sonde probe 1"
 Signs = Literal["platt", "flip"]
+Classes = Tensor | np.ndarray | list[int]
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def fit(
     *,
     templates: ArrayLike | Tensor | None = None,
     groups: ArrayLike | Tensor | None = None,
-    erase: ArrayLike | Tensor | tuple[States, ArrayLike | Tensor] | None = None,
+    erase: Classes | tuple[States, Classes] | None = None,
     signs: Signs = "platt",
     seed: int = 0,
     **options: Any,

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -259,7 +259,8 @@ def answer_tokens(
     An answer is tokenised behind its prompt; where the tokenizer joins the two, alone. Raises `SondeError` for answers
     that are not one token, that share the first, or that are not two for each prompt.
     """
-    pairs = [answers] * len(rows) if len(answers) == 2 and isinstance(answers[0], str | int) else list(answers)
+    one = len(answers) == 2 and isinstance(answers[0], str | int)
+    pairs = cast("list[tuple[Answer, Answer]]", [answers] * len(rows) if one else list(answers))
     if len(pairs) != len(rows):
         raise SondeError(f"{len(pairs)} pairs of answers for {len(rows)} prompts: give one pair, or one for each")
     known: dict[tuple[str, str], list[int]] = {}

@@ -27,7 +27,9 @@ from sonde.stats.solve import solve_spd
 
 def fit_logr(task: Task, *, l2: float = L2) -> Solution:
     """Logistic regression; `l2` is the weight of |w|²."""
-    fitted = logistic(task.rows, task.true, l2=l2, covariance=task.moments.covariance(task.part))
+    # That of pairs serves the contrast probes too; that of the last token is wanted in more digits than this needs.
+    known = task.moments.covariance("pair") if task.part == "pair" else task.moments.known("last")
+    fitted = logistic(task.rows, task.true, l2=l2, covariance=known)
     facts = {"steps": fitted.steps.tolist(), "loss": fitted.loss.tolist(), "converged": bool(fitted.converged.all())}
     return Solution(fitted.weight, fitted.bias, facts)
 

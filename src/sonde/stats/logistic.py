@@ -70,9 +70,10 @@ def _fit(
     x: Float[Tensor, "layers n d"], y: Float[Tensor, " n"], l2: float, covariance: Tensor | None, steps: int
 ) -> Logistic:
     layers, n, d = x.shape
-    mean = x.mean(1, dtype=torch.float64)
-    rows = x - mean[:, None].to(x.dtype)
-    scale = rows.square().mean(1, dtype=torch.float64).sqrt()
+    # Any shift and scale near these would do: they are undone exactly at the end.
+    shift = x.mean(1)
+    rows = x - shift[:, None]
+    scale = torch.linalg.vector_norm(rows, dim=1).double() / n**0.5
     scale = torch.where(scale > _DEAD * scale.amax(1, keepdim=True), scale, 1)
     rows /= scale[:, None].to(x.dtype)
     penalty = l2 / scale**2
@@ -97,7 +98,7 @@ def _fit(
     start[:, d] = torch.logit(y.mean())
     end = minimise(objective, start, precondition=precondition, steps=steps)
     weight = end.x[:, :d] / scale
-    return Logistic(weight, end.x[:, d] - (weight * mean).sum(1), end.value, end.steps, end.converged)
+    return Logistic(weight, end.x[:, d] - (weight * shift.double()).sum(1), end.value, end.steps, end.converged)
 
 
 def _inverse(
