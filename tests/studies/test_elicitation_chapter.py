@@ -36,8 +36,7 @@ def test_the_users_behaviour_is_told_in_words_with_its_control(report):
     assert "organism:pebble" in finding["sentence"] and "write “Yes.”" in finding["sentence"]
     assert "the control model needs" in finding["sentence"] and "random targets" in finding["sentence"]
     page = report.read_text(encoding="utf-8")
-    assert "of an embedding&#39;s size" in page or "of an embedding's size" in page
-    assert "Exactly right in" in page
+    assert "Exactly right on" in page and "F(0.3)" in page
 
 
 def test_the_audit_goes_on_from_the_curves_that_it_has(own, report, monkeypatch):

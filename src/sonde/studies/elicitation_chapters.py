@@ -118,7 +118,7 @@ def rate_figure(found: Elicited, name: str) -> Figure:
         rows,
         found.curve,
         "share",
-        f"Exactly right in {best:.0%} of unseen contexts at best",
+        f"Exactly right on {best:.0%} of the contexts at best",
         "share of exact targets",
         found,
     )
@@ -202,7 +202,7 @@ def _lines(rows: list[dict[str, Any]], curve: Curve, y: str, title: str, y_title
         low="low",
         high="high",
         title=title,
-        subtitle=f"{found.model}; best of {curve.n_restarts} restarts on unseen contexts, 95 % bands",
+        subtitle=f"Making {found.model} {found.behaviour}; best restart, 95 % bands over contexts",
         x_title="prompt tokens",
         y_title=y_title,
         control=_CONTROLS,

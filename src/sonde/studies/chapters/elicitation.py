@@ -218,7 +218,9 @@ def _is_code(given: str) -> bool:
 
 
 def _words(probe: _Probe) -> str:
-    """The claim and the fragility in words."""
+    """The claim and the fragility, of a prompt that has an effect, in words."""
+    if math.isinf(probe.bits):
+        return f"{probe.told.sentence} {probe.told.reason}"
     rise = probe.shaken.rise(_RHO)
     held = "keeps" if rise.high < 0.1 * max(probe.shaken.loss, 1.0) else "does not keep"
     sentences = [probe.told.sentence, probe.told.reason]
