@@ -42,36 +42,33 @@ class LocalOutlierFactor(Novelty):
             )
         # distances are differences of squares: small around a centre
         self._centre = trusted.mean(1, keepdim=True)
-        self._known = _Known.of(trusted - self._centre, self.neighbors)
+        self._known = _Known(trusted - self._centre, self.neighbors)
 
     def _score(self, rows: Tensor, untrusted: Tensor | None) -> Tensor:
         rows = rows - self._centre
         if untrusted is None:
             return self._known.factor(rows)
         own = rows.shape == untrusted.shape and torch.equal(rows, untrusted - self._centre)
-        known = _Known.of(torch.cat([untrusted - self._centre, self._known.rows], 1), self.neighbors)
+        known = _Known(torch.cat([untrusted - self._centre, self._known.rows], 1), self.neighbors)
         return known.own_factor()[:, : rows.shape[1]] if own else known.factor(rows)
 
 
 class _Known:
     """Rows among which neighbours are sought: their neighbours, distances to the k-th, densities."""
 
-    rows: Float[Tensor, "layers m d"]
-
-    @staticmethod
-    def of(rows: Float[Tensor, "layers m d"], k: int) -> "_Known":
-        made = _Known()
-        made.rows, made._k = rows, k
-        distance, made._index = nearest(rows, rows, k, same=True)
-        made._kth = distance[..., -1]
-        made._density = made._density_of(distance, made._index)
-        return made
+    def __init__(self, rows: Float[Tensor, "layers m d"], k: int) -> None:
+        self.rows, self._k = rows, k
+        distance, self._index = nearest(rows, rows, k, same=True)
+        self._kth = distance[..., -1]
+        self._density = self._density_of(distance, self._index)
 
     def factor(self, rows: Float[Tensor, "layers n d"]) -> Float[Tensor, "layers n"]:
+        """Outlier factors of other rows."""
         distance, index = nearest(rows, self.rows, self._k)
         return _take(self._density, index).mean(-1) / self._density_of(distance, index)
 
     def own_factor(self) -> Float[Tensor, "layers m"]:
+        """Outlier factors of these rows among each other."""
         return _take(self._density, self._index).mean(-1) / self._density
 
     def _density_of(self, distance: Tensor, index: Tensor) -> Float[Tensor, "layers n"]:

@@ -213,7 +213,9 @@ def _features(quirky: Found, twins: Found, run: Run, command: str) -> Chapter:
 
 def _heat(name: str, made: Measured) -> Figure:
     told = [one for one in made.told if one.aggregate == "mean"]
-    features, labels = (list(dict.fromkeys(getattr(one, key) for one in told)) for key in ("feature", "label"))
+    features, labels = (
+        list(dict.fromkeys(names)) for names in ([one.feature for one in told], [one.label for one in told])
+    )
     labels.reverse()  # the first on top
     rows = [
         {"x": features.index(one.feature), "y": labels.index(one.label), "auroc": one.auroc.estimate}

@@ -156,8 +156,8 @@ def measured(
     directions = torch.randn(
         len(stream.trusted), stream.trusted.shape[-1], generator=torch.Generator().manual_seed(seed)
     )
-    drawn = [torch.einsum("lnd,ld->nl", rows, directions) for rows in (stream.trusted, stream.test)]
-    features = [*looked.features, Feature(RANDOM, *drawn)]
+    trusted, test = (torch.einsum("lnd,ld->nl", rows, directions) for rows in (stream.trusted, stream.test))
+    features = [*looked.features, Feature(RANDOM, trusted, test)]
     told = compare(
         features,
         given.anomalous,
