@@ -52,7 +52,9 @@ def test_every_transfer_is_in_the_tables(report):
     matrix = pl.read_csv(tables / "transfer.matrix.csv")
     assert set(matrix["trained on"]) <= {"A", "B", "AE", "AH", "BE", "BH", "all"} and "B low" in matrix.columns
     probes = pl.read_parquet(tables / "transfer.probes.parquet")
-    assert probes["probe"].to_list() == ["logr", "crc"] and set(probes["sign"]) == {"known"}
+    assert probes["probe"].to_list() == ["logr", "crc", "random (95 % of directions)"] and set(probes["sign"]) == {
+        "known"
+    }
     assert (tables / "gap.table.tex").read_text().startswith(r"\begin{table}")
 
 

@@ -209,19 +209,15 @@ def _gap(w: Written) -> Chapter:
                 tables=("gap.table",),
             )
         )
+    lines: list[tuple[Cell, ...]] = []
+    for name in w.first.probes:
+        trusted = [None if a == "all" and PROBES[name].supervised else (a, b) for a, b in _TRANSFERS]
+        lines.append((name, *(pooled_gap(w.transfers, name, *pair) if pair else None for pair in trusted)))
+    lines.append(("random (mean direction)", control, *(None for _ in _TRANSFERS[1:])))
     table = IntervalTable(
         "PGR by transfer; from all records probes without labels only, since Bob's labels are not trusted",
         ("probe", *(f"{a} to {b}" for a, b in _TRANSFERS)),
-        tuple(
-            (
-                name,
-                *(
-                    None if a == "all" and PROBES[name].supervised else pooled_gap(w.transfers, name, a, b)
-                    for a, b in _TRANSFERS
-                ),
-            )
-            for name in w.first.probes
-        ),
+        tuple(lines),
     )
     best = max(rows, key=lambda row: row["pgr"], default=None)
     blocks: list[Any] = [interval_block("gap.table", table, run=w.run)]
@@ -292,6 +288,9 @@ def _probes(w: Written) -> IntervalTable:
                 "known" if all(cell.sign_known for cell in known) else "sign unknown",
             )
         )
+    layers = ", ".join(w.first.sites[layer].rpartition(".")[2] for layer in w.layers)
+    spread = (w.random_spread("all"), w.random_spread("all", last=True), w.random_spread("disagreements"))
+    rows.append(("random (95 % of directions)", layers, *spread, None, "known"))
     columns = ("probe", "layer", "AUROC", "AUROC, last layer", "AUROC, disagreements", "calibration error", "sign")
     return IntervalTable("Probes from Alice to Bob, against the truth", columns, tuple(rows))
 

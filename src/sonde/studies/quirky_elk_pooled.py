@@ -54,10 +54,20 @@ class Written:
         """The earliest informative layer of the first probe from Alice's records, of each model."""
         return [one.cell(self.probe, "A", "B").layer for one in self.transfers]
 
-    def random_at_layer(self, rows: str = "all") -> Control:
+    def random_at_layer(self) -> Control:
         """What random directions read at the layer where the probe is read."""
-        drawn = np.concatenate([one.random[rows][:, layer] for one, layer in zip(self.found, self.layers, strict=True)])
-        return Control("random directions", float(np.mean(drawn)), percentiles(drawn))
+        drawn = self._random_draws("all", self.layers)
+        return Control("random directions", float(drawn.mean()), percentiles(drawn))
+
+    def random_spread(self, rows: str, *, last: bool = False) -> Interval | Undefined:
+        """Mean of random directions' AUROC, from the 2.5th to the 97.5th percentile; `n` counts directions."""
+        drawn = self._random_draws(rows, [-1] * len(self.found) if last else self.layers)
+        if not np.isfinite(drawn).all():
+            return Undefined(f"random directions: Bob's {rows} are of one class")
+        return Interval(float(drawn.mean()), *percentiles(drawn), len(drawn))
+
+    def _random_draws(self, rows: str, layers: Sequence[int]) -> np.ndarray:
+        return np.concatenate([one.random[rows][:, layer] for one, layer in zip(self.found, layers, strict=True)])
 
     def said(self, side: str, rows: str) -> Interval | Undefined:
         """AUROC of the model's own log-odds on the records of A (Alice) or B (Bob)."""
