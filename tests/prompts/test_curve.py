@@ -138,10 +138,12 @@ def test_what_a_control_does_as_well_shows_no_capability(curve, control, random,
     assert said.capability == "not shown" and reason in said.reason
 
 
-def test_a_finding_is_held_against_the_control_model_only_where_a_capability_is_shown():
+def test_a_push_is_found_where_it_works_and_the_control_model_under_as_many_tokens_does_not():
     shown = elicited(planted([9.0, 0.1, 0.1, 0.1]), planted([9.0, 8.0, 7.0, 6.0]))
     forced = elicited(planted([9.0, 8.0, 0.1, 0.1]), planted([9.0, 8.0, 0.3, 0.1]))
     found = [curve_finding(one, claim(one), name="x", command="c") for one in (shown, forced)]
     assert [one.status for one in found] == ["found", "unclear"]
-    assert found[0].control is not None and found[0].control.estimate == pytest.approx(8.0)
-    assert "takes no more" in (found[1].control_reason or "")
+    assert found[0].control is not None and (found[0].estimate, found[0].control.estimate) == (1.0, 0.0)
+    assert "takes no more" in found[1].sentence
+    never = elicited(planted([9.0] * 4), planted([9.5] * 4))
+    assert curve_finding(never, claim(never), name="x", command="c").status == "not found"

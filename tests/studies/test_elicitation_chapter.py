@@ -32,7 +32,7 @@ def report(own, tmp_path_factory):
 
 def test_the_users_behaviour_is_told_in_words_with_its_control(report):
     (finding,) = numbers(report.parent)
-    assert finding["id"] == "elicitation.mine.loss" and finding["status"] == "unclear"
+    assert finding["id"] == "elicitation.mine.push" and finding["control"] is not None
     assert "organism:pebble" in finding["sentence"] and "write “Yes.”" in finding["sentence"]
     assert "the control model needs" in finding["sentence"] and "random targets" in finding["sentence"]
     page = report.read_text(encoding="utf-8")

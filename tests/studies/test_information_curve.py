@@ -25,7 +25,8 @@ def report(tmp_path_factory):
 
 def test_a_behaviour_comes_with_its_controls_and_a_claim(report):
     (finding,) = numbers(report.parent)
-    assert finding["status"] == "unclear" and "longer, placed elsewhere" in finding["control_reason"]
+    assert finding["status"] == "not found" and finding["control"]["estimate"] == 0.5
+    assert "longer, placed elsewhere" in finding["sentence"]
     assert "the control model needs" in finding["sentence"] and "random targets" in finding["sentence"]
     assert len(list((report.parent / "curves").glob("*.safetensors"))) == 3
     import polars as pl
@@ -84,4 +85,4 @@ def test_a_file_of_prompts_and_targets_is_a_behaviour(tmp_path):
         out=tmp_path / "run",
     )
     (finding,) = numbers(information_curve(config).parent)
-    assert finding["id"] == "parity.loss" and "do “Parity!”" in finding["sentence"]
+    assert finding["id"] == "parity.push" and "do “Parity!”" in finding["sentence"]

@@ -10,6 +10,7 @@ from sonde.prompts.curve import MOSTLY, Curve, Threshold
 from sonde.runs import chart_kinds
 from sonde.runs.blocks import Chapter, Column, Figure, Table
 from sonde.runs.finding import Control, Finding
+from sonde.stats.intervals import Interval
 
 if TYPE_CHECKING:
     from sonde.prompts.bits import Bits
@@ -67,21 +68,32 @@ def how(found: Elicited, threshold: Threshold) -> str:
 def curve_finding(
     found: Elicited, told: Claim, *, name: str, command: str, threshold: Threshold = MOSTLY, **fields: Any
 ) -> Finding:
-    """The loss at C against that of the control model under prompts of that length; unclear where nothing is shown."""
-    distance = found.curve.conditional_distance(threshold)
+    """What the prompt of C tokens does, against the control model under one of as many tokens.
+
+    Where no length works, what the longest does against the threshold. Successes, or losses for a threshold of nats.
+    """
+    distance, rates = found.curve.conditional_distance(threshold), threshold.success is not None
     n = found.curve.lengths[-1] if math.isinf(distance) else int(distance)
-    # a loss below the control model's is no evidence where the behaviour is not had, or not for less
-    against: dict[str, Any] = {"control_reason": told.reason}
-    if told.capability == "present" and found.control is not None:
-        against = {"control": Control.of("control model", found.control.loss(n))}
+
+    def at(curve: Curve) -> Interval:
+        return curve.rate(n) if rates else curve.loss(n)
+
+    against: dict[str, Any]
+    if found.control is None:
+        against = {"control_reason": told.reason}
+    elif math.isinf(distance):
+        limit = threshold.success if rates else threshold.nats
+        against = {"control": Control(f"what counts as working: {threshold}", limit or 0.0)}
+    else:
+        against = {"control": Control.of("control model", at(found.control))}
     fields = {"chapter": name, "figures": (f"{name}.curve",), "tables": (f"{name}.lengths",)} | fields
     return Finding.of(
-        found.curve.loss(n),
-        id=f"{name}.loss",
+        at(found.curve),
+        id=f"{name}.push",
         sentence=f"{told.sentence} {told.reason}".strip(),
-        metric=f"loss of the whole target with {n} prompt tokens",
-        unit="nats",
-        better="lower",
+        metric=f"{'share of exact targets' if rates else 'loss of the whole target'} with {n} prompt tokens",
+        unit="" if rates else "nats",
+        better="higher" if rates else "lower",
         command=command,
         **against,
         **fields,
