@@ -103,6 +103,7 @@ class Scored:
         rows: the rows without the prompt, for objectives that need the text.
         index: place in the target of each scored column.
         passes: what the rows were scored by.
+        bank: the vectors that `rows.offset` points into, for objectives that look at the prompt itself.
 
     """
 
@@ -114,6 +115,7 @@ class Scored:
     rows: Rows
     index: Int[Tensor, " scored"]
     passes: "Passes"
+    bank: Float[Tensor, "m width"]
 
     @property
     def nats(self) -> Float[Tensor, "rows scored"]:
@@ -298,6 +300,7 @@ class Passes:
             rows=rows,
             index=index,
             passes=self,
+            bank=bank,
         )
 
     def _before(self, rows: Rows) -> Past:
