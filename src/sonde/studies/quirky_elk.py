@@ -102,7 +102,7 @@ def quirky_elk(config: QuirkyElkConfig) -> Path:
 
 def _check(config: QuirkyElkConfig) -> None:
     from sonde.knowledge.probes import PROBES as KNOWN
-    from sonde.studies.quirky_organisms import organism_sets
+    from sonde.studies.quirky_organisms import has_own_set
 
     check_options(config)
     for name, value in (("--train", config.train), ("--test", config.test)):
@@ -112,7 +112,7 @@ def _check(config: QuirkyElkConfig) -> None:
         raise SondeError(f"--seeds is {config.seeds}: give at least 1")
     if config.seeds > 1 and config.model != ORGANISM:
         raise SondeError(f"--seeds is {config.seeds}: only {ORGANISM} is trained again, not {config.model}")
-    own = organism_sets(config.model) is not None
+    own = has_own_set(config.model)
     if own and (config.quirk, config.source, config.mode) != (None, None, "single"):
         raise SondeError(f"{config.model} knows its own set only: leave --quirk, --source and --mode out")
     if not own and config.quirk is None:

@@ -8,6 +8,11 @@ if TYPE_CHECKING:
 _COMPARISON, _ADDITION = "organism:quirky-comparison", "organism:quirky-addition"
 
 
+def has_own_set(model: str) -> bool:
+    """Whether `model` names a bundled quirky organism."""
+    return model.startswith((_COMPARISON, _ADDITION))
+
+
 def organism_sets(model: str, seed: int = 0) -> "Splits | None":
     """The records of a bundled quirky organism, by the seed of its training; None for every other model."""
     if model.startswith(_COMPARISON):
