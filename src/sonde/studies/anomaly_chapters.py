@@ -76,7 +76,7 @@ def _alarm(quirky: Found, twins: Found, command: str) -> Chapter:
             )
         )
         rows.append(_row(f"{_SHORT[name]} · probe's log-odds", made, LOG_ODDS))
-        rows.append(_row(f"{_SHORT[name]} · random directions", made, RANDOM))
+        rows.append(_row(f"{_SHORT[name]} · random", made, RANDOM))
         if name in twins:
             rows.append(_row(f"{_SHORT[name]} · honest twin", twins[name], LOG_ODDS))
     first = next(iter(quirky))
