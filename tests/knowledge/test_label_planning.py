@@ -34,12 +34,11 @@ def run(weak, oracle, accuracy, *, seed=0, test="t", method="m", budget=None, sh
 
 def brute_force(runs):
     """The definition, run by run."""
-    order = sorted(range(len(runs)), key=lambda i: (runs[i].cost, -runs[i].accuracy, i))
+    cost = [r.cost for r in runs]
+    order = sorted(range(len(runs)), key=lambda i: (cost[i], -runs[i].accuracy, i))
     kept, best = [], float("-inf")
     for i in order:
-        near = [
-            r for j, r in enumerate(runs) if j != i and abs(r.cost - runs[i].cost) <= Fraction(1, 20) * runs[i].cost
-        ]
+        near = [r for j, r in enumerate(runs) if j != i and abs(cost[j] - cost[i]) <= Fraction(1, 20) * cost[i]]
         if runs[i].accuracy > best + 0.002 and all(r.accuracy <= runs[i].accuracy for r in near):
             kept.append(i)
             best = runs[i].accuracy
@@ -176,7 +175,7 @@ def test_a_process_plans_about_the_same():
         ({"prices": {"oracle": 1}}, "weighs two sources"),
         ({"runs": grid_runs(seeds=1)}, "1 seed of pilot runs"),
         ({"runs": [*grid_runs(), run(1, 1, 0.5, method="other")]}, "for one method, not for 2: m, other"),
-        ({"runs": grid_runs()[:3] + [run(1, 1, 0.5, seed=1)]}, "cannot fix the 6 parameters"),
+        ({"runs": [*grid_runs()[:3], run(1, 1, 0.5, seed=1)]}, "cannot fix the 6 parameters"),
         ({"surface": "spline"}, "no surface 'spline'"),
     ],
     ids=range(7),

@@ -140,6 +140,9 @@ CHOICES: Mapping[str, Choice] = {choice.name: choice for choice in (Entropy(), M
 
 def entropy(scores: Float[Tensor, "n K"]) -> Float[Tensor, " n"]:
     """Nats of uncertainty of each prediction."""
+    if scores.shape[1] == 1:
+        one = scores.double()[:, 0].sigmoid()
+        return torch.special.entr(one) + torch.special.entr(1 - one)
     p = probabilities(scores)
     return torch.special.entr(p).sum(1)
 
@@ -171,10 +174,10 @@ def draw(
     rng = np.random.default_rng(seed)
     value = scores.double().numpy()
     if temperature == 0:
-        return rng.permutation(np.argsort(-value, kind="stable")[:count])
+        return rng.permutation(_top(value, count))
     with np.errstate(divide="ignore"):
         keys = np.log(value) / temperature + rng.gumbel(size=len(value))
-    return np.argsort(-keys, kind="stable")[:count]
+    return keys.argsort()[::-1][:count]
 
 
 def best_offers(
@@ -211,6 +214,15 @@ def _required(features: Float[Tensor, "n d"] | None, name: str) -> Float[Tensor,
     if features is None:
         raise SondeError(f"choice {name!r} compares rows by their features, and there are none")
     return features
+
+
+def _top(value: Float[np.ndarray, " n"], count: int) -> Int[np.ndarray, " count"]:
+    """Places of the largest values, by partition; of those that tie at the border the earliest."""
+    if not count:
+        return np.empty(0, dtype=np.int64)
+    border = np.partition(value, len(value) - count)[len(value) - count]
+    above = np.flatnonzero(value > border)
+    return np.concatenate([above, np.flatnonzero(value == border)[: count - len(above)]])
 
 
 def _check_count(count: int, there: int) -> None:
