@@ -318,14 +318,16 @@ def _read_forked(
 ) -> Read:
     """One pass over the prompts, one over both answers behind copies of its memory."""
     tokens, mask = left_padded(rows, lm.device)
-    with lm.reading(*sites) as acts, _last_logits(lm):
-        out = lm(tokens, mask, use_cache=True)
+    with lm.reading(*sites) as acts:
+        with _unembedding(lm, slice(-1, None)):
+            out = lm(tokens, mask, use_cache=True)
         assert out.past is not None and out.logits is not None
         at_prompt = {site: acts[site][:, -1].clone() for site in sites}
         logits = out.logits[:, -1]
         forked = out.past.select(torch.arange(len(rows)).repeat_interleave(2))
         del out
-        lm(answers.reshape(-1, 1).to(lm.device), past=forked)
+        with _unembedding(lm, slice(0, 0)):
+            lm(answers.reshape(-1, 1).to(lm.device), past=forked)
         return {site: (at_prompt[site], acts[site].view(len(rows), 2, -1)) for site in sites}, logits
 
 
@@ -348,11 +350,12 @@ def _read_whole(
 
 
 @contextmanager
-def _last_logits(lm: LanguageModel) -> Iterator[None]:
-    """Unembed the last column only: nobody asks for the logits of the others, which may take more than the blocks."""
+def _unembedding(lm: LanguageModel, columns: slice) -> Iterator[None]:
+    """Unembed some columns only: the logits of all may take more than the blocks, and nobody asks for the others."""
 
     def cut(_: Any, args: tuple) -> tuple:
-        return (args[0][:, -1:], *args[1:])
+        # Contiguous: a view of a few columns is multiplied row by row.
+        return (args[0][:, columns].contiguous(), *args[1:])
 
     hook = lm.structure.head.register_forward_pre_hook(cut)
     try:
