@@ -38,6 +38,8 @@ class ModularTask:
     def __post_init__(self) -> None:
         if self.operation not in OPERATIONS:
             raise SondeError(f"operation {self.operation!r} is unknown: use {', '.join(OPERATIONS)}")
+        if self.modulus < 2:
+            raise SondeError(f"the modulus is {self.modulus}; give 2 or more")
         if not 0 < self.share < 1 or not 1 <= int(self.share * self.modulus**2) < self.modulus**2:
             raise SondeError(
                 f"a share of {self.share} of {self.modulus**2} pairs leaves none to train on or none to test"

@@ -15,6 +15,7 @@ from sonde.errors import SondeError
 
 PREFIX = "organism:"
 DIFFERENCE = "difference.safetensors"
+_WEIGHTS = ("config.json", DIFFERENCE, "history.safetensors")
 
 Recipe = TypeVar("Recipe", bound=Callable[[Any], Path])
 
@@ -34,7 +35,7 @@ def organism(name: str, *, summary: str, paper: str | None = None) -> Callable[[
 def has_weights(name: str) -> bool:
     """Whether the package brings the weights of the organism. Raises `SondeError` for an unknown name."""
     folder = _weights(ORGANISMS.entry(name).name)
-    return any((folder / file).is_file() for file in ("config.json", DIFFERENCE))
+    return any((folder / file).is_file() for file in _WEIGHTS)
 
 
 def folder_of(name: str) -> Path:
