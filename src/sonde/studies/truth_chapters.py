@@ -64,9 +64,9 @@ def _within(found: Truth, sets: Sequence[Statements], probe: str, run: Run, comm
         site = found.transfers.sites[found.transfers.cell(probe, name, name).layer]
         there = present(found, name, probe)
         sentence = (
-            f"True and false statements of {name} come apart along a line, first after block {short(site)}."
+            f"True and false statements of “{name}” come apart along a line, first after block {short(site)}."
             if there
-            else f"No layer tells true statements of {name} from false ones so that it shows."
+            else f"No layer tells true statements of “{name}” from false ones so that it shows."
         )
         findings.append(
             _finding(
@@ -74,7 +74,7 @@ def _within(found: Truth, sets: Sequence[Statements], probe: str, run: Run, comm
                 id=f"within.set-{place}",
                 chapter="within",
                 sentence=sentence,
-                metric=f"AUROC of {probe} on held-out statements of {name}, at the earliest informative layer",
+                metric=f"AUROC of {probe} on held-out statements of “{name}”, at the earliest informative layer",
                 better="higher",
                 control=control_at(found, name, probe),
                 command=command,
@@ -133,10 +133,10 @@ def _across(found: Truth, sets: Sequence[Statements], probe: str, run: Run, comm
                 measured,
                 id=f"across.pair-{place}",
                 chapter="across",
-                sentence=f"What {probe} learned from {a} {verdict} to {b}."
+                sentence=f"What {probe} learned from “{a}” {verdict} to “{b}”."
                 if verdict != "is turned round"
-                else f"What {probe} learned from {a} {verdict} in {b}: it calls the false ones true.",
-                metric=f"AUROC of {probe} from {a} on {b}",
+                else f"What {probe} learned from “{a}” {verdict} in “{b}”: it calls the false ones true.",
+                metric=f"AUROC of {probe} from “{a}” on “{b}”",
                 better="higher",
                 control=Control("chance", 0.5),
                 command=command,
@@ -209,7 +209,7 @@ def _agreement(found: Truth, name: str) -> IntervalTable:
             for one in agreement(said, found.transfers.targets[name].bases)
         ]
     return IntervalTable(
-        f"Agreement of probes on held-out statements of {name}",
+        f"Agreement of probes on held-out statements of “{name}”",
         ("probe", "other probe", "same verdict", "rank correlation"),
         tuple(rows),
     )

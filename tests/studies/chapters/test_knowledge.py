@@ -74,8 +74,11 @@ def test_statements_without_truth_are_not_found(tmp_path):
     path.write_text("\n".join(json.dumps({"statement": text, "label": i % 2}) for i, text in enumerate(sorted(texts))))
     written = chapter(tmp_path, statements=str(path)).write()
     readable, carries, _ = written.findings
-    assert readable.status != "found" and "No layer tells true statements (noise) from false ones" in readable.sentence
-    assert "nothing that could carry over to other statements (larger than)" in carries.sentence
+    assert (
+        readable.status != "found"
+        and "No layer tells true statements of the kind “noise” from false ones" in readable.sentence
+    )
+    assert "nothing that could carry over to statements of the kind “larger than”" in carries.sentence
     assert "No layer tells" in spec(written.blocks[0].chart, "x")["title"]["text"]
 
 

@@ -127,12 +127,12 @@ class Knowledge(Part):
             measured,
             id="knowledge.readable",
             sentence=(
-                f"Whether a statement ({name}) is true can be read from its activations, as well as anywhere from "
-                f"block {site} on."
+                f"Whether a statement of the kind “{name}” is true can be read from its activations, nearly as well as "
+                f"anywhere after block {site}."
                 if present(self._found, name, PROBE)
-                else f"No layer tells true statements ({name}) from false ones so that it shows."
+                else f"No layer tells true statements of the kind “{name}” from false ones so that it shows."
             ),
-            metric=f"AUROC of a probe after block {site}: held-out statements, {name}",
+            metric=f"AUROC of a probe after block {site}: held-out statements of “{name}”",
             control=control_at(self._found, name, PROBE),
             figures=("knowledge.layers",),
             tables=("knowledge.aurocs",),
@@ -143,21 +143,21 @@ class Knowledge(Part):
         first, second = self._names[:2]
         measured = self._found.transfers.auroc(PROBE, first, second)
         if not present(self._found, first, PROBE):
-            sentence = f"There is nothing that could carry over to other statements ({second})."
+            sentence = f"There is nothing that could carry over to statements of the kind “{second}”."
         elif isinstance(measured, Interval) and measured.high < 0.5:
             sentence = (
-                f"On other statements ({second}) the same line calls the false ones true: what it follows is not truth "
-                "but something else that these statements say."
+                f"On statements of the kind “{second}” the same line calls the false ones true: what it follows is not "
+                "truth but something else that these statements say."
             )
         elif isinstance(measured, Interval) and measured.low > 0.5:
-            sentence = f"The same line holds for other statements ({second}), as a line of truth would."
+            sentence = f"The same line holds for statements of the kind “{second}”, as a line of truth would."
         else:
-            sentence = f"The same line does not hold for other statements ({second})."
+            sentence = f"The same line does not hold for statements of the kind “{second}”."
         return self._finding(
             measured,
             id="knowledge.transfer",
             sentence=sentence,
-            metric=f"AUROC of the probe of {first} on {second}",
+            metric=f"AUROC of the probe of “{first}” on “{second}”",
             control=Control("chance", 0.5),
             figures=("knowledge.layers",),
             tables=("knowledge.aurocs",),
@@ -170,14 +170,14 @@ class Knowledge(Part):
         return self._finding(
             other.scaled(100),
             id="knowledge.alarm",
-            sentence=f"An alarm that knows {self._names[0]} alone goes off on {100 * other.estimate:.0f} % of "
-            f"{self._names[1]}"
+            sentence=f"An alarm that knows “{self._names[0]}” alone goes off on {100 * other.estimate:.0f} % of "
+            f"“{self._names[1]}”"
             + (
                 f", against {100 * own.estimate:.0f} % of its own kind." if hears else ", no more than on its own kind."
             ),
-            metric=f"statements at p < {_ALARM:g} among {self._names[1]}",
+            metric=f"statements at p < {_ALARM:g} among “{self._names[1]}”",
             unit="%",
-            control=Control.of(f"held-out {self._names[0]}", own.scaled(100)),
+            control=Control.of(f"held-out “{self._names[0]}”", own.scaled(100)),
             figures=("knowledge.alarm",),
             tables=("knowledge.strangest",),
         )
@@ -211,12 +211,12 @@ class Knowledge(Part):
             low="low",
             high="high",
             control="expected",
-            title=f"The alarm goes off most on statements of {loudest}: {shares[loudest].estimate:.0f} %",
+            title=f"The alarm goes off most on “{loudest}”: {shares[loudest].estimate:.0f} %",
             subtitle=f"Held-out statements at p < {_ALARM:g}; 95 % intervals; grey: 5 %, false alarms",
             x_title="statements that trip the alarm (%)",
             y_title="kind of statement",
         )
-        caption = f"How often an alarm that knows {self._names[0]} goes off on each kind of statement."
+        caption = f"How often an alarm that knows “{self._names[0]}” goes off on each kind of statement."
         return Figure(id="knowledge.alarm", chart=chart, caption=caption)
 
     def _table(self) -> Table:
@@ -233,7 +233,7 @@ class Knowledge(Part):
         ]
         return Table(
             id="knowledge.aurocs",
-            caption=f"AUROC of the probe of {first} on each kind of statement, by layer (0.5: chance)",
+            caption=f"AUROC of the probe of “{first}” on each kind of statement, by layer (0.5: chance)",
             columns=["after block", *(Column(name=name) for name in self._names), Column(name=SHUFFLED)],
             rows=rows,
         )
