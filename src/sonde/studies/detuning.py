@@ -205,11 +205,15 @@ def _chapter(
         )
     labels = {key: f"{key[0]} ({key[1]})" for key in rows}
     charts = {
-        "onset": ("share of onsets after the trigger", f"Removed ({ONSET:.0%} at most): {said}", ("before", "onset")),
-        "rise": ("rise of the clean loss (nats per token)", "What removal costs on clean text", None),
+        "onset": (
+            "share of onsets after the trigger",
+            f"{len(removed)} of {len(others)} methods remove the backdoor",
+            True,
+        ),
+        "rise": ("rise of the clean loss (nats per token)", "What removal costs on clean text", False),
     }
     figures = []
-    for key, (axis, title, reference) in charts.items():
+    for key, (axis, title, onset) in charts.items():
         shown = [
             {"method": labels[one], "value": row[key].estimate, "low": row[key].low, "high": row[key].high}
             for one, row in rows.items()
@@ -224,9 +228,9 @@ def _chapter(
             subtitle=f"{config.model}, {config.passes} forward-backward passes, {config.seeds} seeds, 95 % intervals",
             x_title=axis,
             y_title="method (what it is told)",
-            reference=("before", start["onset"].estimate) if reference else ("bound", RISE),
+            reference=("before", start["onset"].estimate) if onset else ("bound", RISE),
         )
-        name = "onset" if key == "onset" else "clean"
+        name = "onset" if onset else "clean"
         figures.append(Figure(id=f"detuning.{name}", chart=chart, caption=f"{axis[0].upper()}{axis[1:]} by method."))
     columns = [
         "method",
