@@ -1,4 +1,4 @@
-"""Texts as a language model reads them for a classification: worded, behind a prefix that all share, by their last token.
+"""Texts as a language model reads them to classify them: behind a prefix that all share, by their last token.
 
     prefix   text₁ label₁ ⏎⏎ text₂ label₂ ⏎⏎ …  (labelled rows, or nothing)          text   the row that is asked about
 
@@ -74,8 +74,8 @@ class TextRows:
         room = lm.max_positions
         if longest is not None and room is not None and len(self.prefix) + len(self.ids[longest]) + 1 > room:
             raise SondeError(
-                f"text {longest} has {len(self.ids[longest])} tokens behind a prompt of {len(self.prefix)}, and {lm.name} "
-                f"reads {room} with the label: use a shorter prompt or shorter texts, nothing is cut off"
+                f"text {longest} has {len(self.ids[longest])} tokens behind a prompt of {len(self.prefix)}, and "
+                f"{lm.name} reads {room} with the label: use a shorter prompt or shorter texts, nothing is cut off"
             )
         self._whole = bool(self.prefix) and continuation(lm.model).mode == "none"
 
