@@ -73,7 +73,7 @@ def _fit(
     # Any shift and scale near these would do: they are undone exactly at the end.
     shift = x.mean(1)
     rows = x - shift[:, None]
-    scale = torch.linalg.vector_norm(rows, dim=1).double() / n**0.5
+    scale = rows.square().mean(1).double().sqrt()
     scale = torch.where(scale > _DEAD * scale.amax(1, keepdim=True), scale, 1)
     rows /= scale[:, None].to(x.dtype)
     penalty = l2 / scale**2
