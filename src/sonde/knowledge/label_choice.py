@@ -26,7 +26,10 @@ _NEIGHBOURS = 512  # candidates that stand for all in the density
 class Choice(Protocol):
     """What makes a row worth asking. `scores` are log-odds `[n 1]` or logits `[n C]` of the candidates."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What a user types."""
+        ...
 
     def choose(
         self,

@@ -171,12 +171,13 @@ def _minimise(
         step, ahead = _newton_step(p, gradient, inverse, lam, forward, backward)
         size = torch.ones_like(lam)[:, None, None]
         slack = 1e-7 * value.abs()  # what rounding may add
+        tried = objective(offset + moved - ahead, u - step, lam)
         for _ in range(20):
-            tried = objective(offset + moved - size * ahead, u - size * step, lam)
             worse = tried > value + slack
             if not worse.any():
                 break
             size = torch.where(worse[:, None, None], size / 2, size)
+            tried = objective(offset + moved - size * ahead, u - size * step, lam)
         u, moved, value = u - size * step, moved - size * ahead, tried
     solution[active] = u
     return solution

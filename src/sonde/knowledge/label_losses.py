@@ -32,7 +32,10 @@ _LEAST_BATCH = 8
 class Loss(Protocol):
     """A loss that may remember earlier batches: `begin` starts one stage."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What a user types."""
+        ...
 
     def begin(self, labels: Float[Tensor, "n C"], *, batch: int) -> LossOfBatch:
         """The loss of one stage on `labels`, in batches of `batch`. Raises `SondeError` for a batch it cannot use."""

@@ -46,7 +46,10 @@ class Learner(Protocol):
 class Backend(Protocol):
     """What learns. `settings` are all that decides its numbers."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -179,7 +179,7 @@ class Problem:
         for what, rows in (("pool", self.features), ("test", self.test_features)):
             if not rows.isfinite().all():
                 raise SondeError(
-                    f"{int((~rows.isfinite()).any(1).sum())} rows of the {what} have features that are nan"
+                    f"{int((~rows.isfinite()).any(1).sum())} rows of the {what} have features that are not finite"
                 )
         if len(self.test_features) != len(self.test_truth):
             raise SondeError(f"{len(self.test_features)} test rows with {len(self.test_truth)} true classes")
@@ -301,7 +301,10 @@ class Method(Protocol):
     arguments give equal numbers. It raises `SondeError` for a problem that it cannot use (texts or features missing).
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
 
     def __call__(self, problem: Problem, purchase: Purchase, *, seed: int) -> Outcome:
         """Buy, train and score the test rows."""

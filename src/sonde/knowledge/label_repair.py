@@ -55,16 +55,13 @@ def repair(
         raise SondeError("the topological filter leaves rows out and has no new labels: use filter")
     if kind != "logistic" and len(x) <= neighbours:
         raise SondeError(f"{len(x)} rows do not have {neighbours} neighbours each: give fewer neighbours")
-    if kind == "logistic":
-        value = _logistic(x, labels, l2)
-    else:
-        near = nearest(x, neighbours)
-        value = labels[torch.from_numpy(near)].mean(1)
+    near = nearest(x, neighbours) if kind != "logistic" else None
+    value = _logistic(x, labels, l2) if near is None else labels[torch.from_numpy(near)].mean(1)
     if use == "relabel":
         return Repaired(value.to(labels), np.ones(len(x), dtype=bool))
     off = (labels - value.to(labels)).abs().sum(1).numpy()
     kept = np.ones(len(x), dtype=bool)
-    if kind == "topological":
+    if kind == "topological" and near is not None:
         kept = _components(near, labels.argmax(1).numpy())
     leave = round(gone * len(x)) - int((~kept).sum())
     if leave > 0:

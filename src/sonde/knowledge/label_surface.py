@@ -28,7 +28,10 @@ _STARTS = 6
 class Surface(Protocol):
     """Accuracy as a function of the numbers of labels, by source in the order of `sources`."""
 
-    sources: tuple[str, ...]
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Their names, the oracle last."""
+        ...
 
     def predict(self, counts: Float[np.ndarray, "m K"]) -> Float[np.ndarray, " m"]:
         """Accuracy at these numbers of labels."""
@@ -117,9 +120,9 @@ def fit_power_law(
 
     def law(p: np.ndarray) -> PowerLaw:
         floor = (1 - chance) / (1 + np.exp(-p[0]))
-        rest = np.exp(p[3:]).reshape(3, others)
+        worth, scales, exponents = (tuple(map(float, row)) for row in np.exp(p[3:]).reshape(3, others))
         return PowerLaw(
-            tuple(sources), float(floor), float(np.exp(p[1])), float(np.exp(p[2])), *map(tuple, rest.tolist()), chance
+            tuple(sources), float(floor), float(np.exp(p[1])), float(np.exp(p[2])), worth, scales, exponents, chance
         )
 
     def residual(p: np.ndarray) -> np.ndarray:
@@ -162,13 +165,12 @@ def fit_gaussian_process(
     if len(accuracy) < 4:
         raise SondeError(f"{len(accuracy)} runs are too few for a Gaussian process: pilot at least 4")
     mean = float(accuracy.mean())
-    kernel = ConstantKernel(0.02, (1e-4, 1.0)) * RBF(np.full(len(sources), 3.0), (0.5, 30.0)) + WhiteKernel(
-        1e-4, (1e-7, 1e-2)
-    )
-    if start is None:
-        model = GaussianProcessRegressor(kernel, n_restarts_optimizer=2, random_state=0)
-    else:
-        model = GaussianProcessRegressor(start.model.kernel_, optimizer=None)
+    lengths: Any = np.full(len(sources), 3.0)  # the stubs know of one length only
+    kernel = ConstantKernel(0.02, (1e-4, 1.0)) * RBF(lengths, (0.5, 30.0)) + WhiteKernel(1e-4, (1e-7, 1e-2))
+    given: dict[str, Any] = {"n_restarts_optimizer": 2, "random_state": 0}
+    if start is not None:
+        kernel, given = start.model.kernel_, {"optimizer": None}
+    model = GaussianProcessRegressor(kernel, **given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a length at its bound is an answer here
         model.fit(np.log1p(counts), accuracy - mean)

@@ -92,7 +92,7 @@ def train_stage(
     an earlier stage; by default a fresh AdamW. Held-out rows are not trained on. Raises `SondeError` as the loss and
     `sonde.nets.loop.train` do.
     """
-    settings, loss = settings or StageSettings(), loss or CrossEntropy()
+    settings = settings or StageSettings()
     n = len(labels)
     if not n:
         return ()
@@ -105,7 +105,7 @@ def train_stage(
     out, kept = order[:held], order[held:]
     batch, steps = settings.batch_of(len(kept)), settings.steps_of(len(kept))
     epoch = max(1, len(kept) // batch)
-    of_batch = loss.begin(labels[torch.from_numpy(kept)], batch=batch)
+    of_batch = (loss or CrossEntropy()).begin(labels[torch.from_numpy(kept)], batch=batch)
     given = labels.to(next(module.parameters()).device)
 
     def of_step(step: int) -> Tensor:

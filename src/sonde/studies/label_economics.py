@@ -180,7 +180,7 @@ def _pilot(
                     problem = sources.planted(config, budgets, seed)
                 memory = StageMemory()
                 methods = [method_named(name, Logistic(memory=memory)) for name in config.methods or ()]
-                made = sweep(problem, methods, todo, seed=seed, report=lambda *_: bar.update())
+                made = sweep(problem, methods, todo, seed=seed, report=lambda *_: _step(bar))
                 some = [cell for cell in todo if cell.budget == nearest]
                 shuffled = sweep(without_meaning(problem, seed), methods[:1], some, seed=seed)
                 run.finish(step, {"runs": [r.to_json() for r in made], "control": [r.to_json() for r in shuffled]})
@@ -192,6 +192,10 @@ def _pilot(
     # Deterministic, and seconds: made again on resuming.
     curves = salience(first, seeds=tuple(range(config.seed, config.seed + max(2, min(3, config.seeds)))))
     return runs, control, curves
+
+
+def _step(bar: Any) -> None:
+    bar.update()
 
 
 def control_budget(budget: float, budgets: Sequence[float]) -> float:
