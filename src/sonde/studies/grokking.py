@@ -116,7 +116,7 @@ def grokking(config: GrokkingConfig) -> Path:
         return publish(
             run,
             Named(subject, weights, sum(p.numel() for p in network.parameters())),
-            Read(config.modulus**2, ""),
+            Read(),
             [
                 _progress_chapter(points, control, found, config),
                 _circuit_chapter(report, config),
