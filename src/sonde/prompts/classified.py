@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -58,7 +58,7 @@ def read_score(given: str) -> Score:
     found: Any = getattr(module, name, None)
     if not callable(found):
         raise SondeError(f"{file} has no function {name!r}: it should take a list of texts and give as many numbers")
-    return found
+    return cast(Score, found)
 
 
 def score_curve(

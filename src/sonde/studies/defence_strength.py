@@ -271,7 +271,8 @@ def _finding(strength: "Strength", one: "Behaviour", command: str) -> "Finding":
     elif math.isinf(strength.tokens):
         said = f"no prompt of the grid breaks {strength.defence}"
     else:
-        said = f"{strength.defence} costs {_signed(strength.tokens)} prompt tokens"
+        more = f"{-measured.estimate:+.0%} of the successes" if rates else f"{measured.estimate:+.2g} nats"
+        said = f"{strength.defence} costs {_signed(strength.tokens)} prompt tokens ({more} at {n})"
     return Finding.of(
         measured,
         id=f"defence.{strength.defence.replace(' ', '-')}",

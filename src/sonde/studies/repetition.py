@@ -203,7 +203,7 @@ def _chapter(
                 falls,
                 id=f"repetition.falls-{name.split()[0]}",
                 chapter="repetition",
-                sentence=f"The loss of {one.behaviour!r} falls with the number of prompt tokens {strictly}.",
+                sentence=f"To {one.behaviour}, the loss falls with the number of prompt tokens {strictly}.",
                 metric="smallest fall of the loss from one prompt length to the next",
                 unit="nats per token",
                 better="higher",
