@@ -102,7 +102,11 @@ def _transfer(w: Written) -> Chapter:
             id="transfer.ab",
             chapter="transfer",
             sentence="A probe that learned the truth from Alice's records alone "
-            + (f"reads it on Bob's, after block {where}{random}." if good else "reads no more of it on Bob's than he is told."),
+            + (
+                f"reads it on Bob's, after block {where}{random}."
+                if good
+                else "reads no more of it on Bob's than he is told."
+            ),
             metric=f"AUROC of {probe}, Alice to Bob, at the earliest informative layer",
             better="higher",
             control=said,
