@@ -103,9 +103,11 @@ def _transfer(w: Written) -> Chapter:
             chapter="transfer",
             sentence="A probe that learned the truth from Alice's records alone "
             + (
-                f"reads it on Bob's, after block {where}{random}."
-                if good
-                else "reads no more of it on Bob's than he is told."
+                "reads no more of it on Bob's than he is told."
+                if not good
+                else f"reads it on Bob's, after block {where}{random}."
+                if above(apart)
+                else "tells more of it on Bob's than he is told, but not where truth and rule part."
             ),
             metric=f"AUROC of {probe}, Alice to Bob, at the earliest informative layer",
             better="higher",
