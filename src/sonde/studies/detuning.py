@@ -227,7 +227,7 @@ def _chapter(
             title=title,
             subtitle=f"{config.model}, {config.passes} forward-backward passes, {config.seeds} seeds, 95 % intervals",
             x_title=axis,
-            y_title="method (what it is told)",
+            y_title="method (told)",
             reference=("before", start["onset"].estimate) if onset else ("bound", RISE),
         )
         name = "onset" if onset else "clean"
