@@ -1,5 +1,7 @@
 """Robust training: every kind does what its formula says, and a shaken prompt of noise training loses less."""
 
+from typing import Any
+
 import pytest
 import torch
 from families import tiny
@@ -26,7 +28,7 @@ from sonde.prompts.training import train_prompts
 
 PAYLOAD = trigger_ids()[1]
 TRAIN, TEST = (Examples(contexts(n, seed=seed), [PAYLOAD] * n) for n, seed in ((32, 1), (16, 3)))
-SMALL = {"lengths": (1,), "restarts": 1, "lrs": (1.0,), "steps": 40, "batch": 8, "validation": TEST}
+SMALL: dict[str, Any] = {"lengths": (1,), "restarts": 1, "lrs": (1.0,), "steps": 40, "batch": 8, "validation": TEST}
 
 
 @pytest.fixture(scope="module")

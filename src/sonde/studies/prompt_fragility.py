@@ -168,7 +168,7 @@ def _check(config: PromptFragilityConfig) -> None:
 
 
 def _own_text(lm: "LanguageModel", n: int, size: int, seed: int) -> list[list[int]]:
-    """`n` different texts of `size` tokens that the model writes after one token of its own."""
+    """`n` different texts of `size` tokens that the model writes after its start token, or else after any token."""
     from sonde.prompts.examples import Examples
 
     start = None if lm.tokenizer is None else lm.tokenizer.bos_token_id
@@ -176,8 +176,7 @@ def _own_text(lm: "LanguageModel", n: int, size: int, seed: int) -> list[list[in
     for attempt in range(4):
         wanted = 2 * n
         words = Examples([[0]] * wanted, [[i] for i in range(wanted)])
-        first = words.random_targets(lm, seed=seed * 13 + attempt).targets
-        begun = [[start, *token] for token in first] if start is not None else first
+        begun = words.random_targets(lm, seed=seed * 13 + attempt).targets if start is None else [[start]] * wanted
         written = lm.generate(begun, max_new_tokens=size, temperature=1.0, seed=seed * 13 + attempt)
         rows = [[*a, *b][:size] for a, b in zip(begun, written, strict=True)]
         found += [row for row in rows if len(row) == size and row not in found]
