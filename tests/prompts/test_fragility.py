@@ -42,6 +42,7 @@ def test_the_rise_under_small_noise_is_the_trace_of_the_hessian(lm, examples, pr
     found = fragility(lm, prompt, examples, rhos=(0.03,), draws=256)
     flat = prompt.vectors.flatten().requires_grad_()
     hessian = torch.autograd.functional.hessian(lambda v: loss_at(lm, examples, v), flat)
+    assert isinstance(hessian, torch.Tensor)
     expected = 0.5 * (0.03 * embedding_rms(lm)) ** 2 * float(hessian.trace())
     rise = found.rise(0.03)
     assert rise.low <= expected <= rise.high

@@ -117,7 +117,7 @@ def test_a_prompt_of_noise_training_loses_less_than_a_plain_one(toy):
 @pytest.mark.parametrize(("kind", "strength"), [("norm", 0.1), ("hull", 1.0)])
 def test_penalised_prompts_are_nearer_to_tokens_and_still_work(toy, kind, strength):
     penalty = {"norm": norm_penalty, "hull": hull_penalty}[kind](toy)
-    options = SMALL | {"steps": 20}
+    options: dict[str, Any] = SMALL | {"steps": 20}
     plain = train_prompts(toy, TRAIN, **options)[0]
     robust = train_robust(toy, TRAIN, kind, strength, **options)[0]
     assert penalty(robust.prompt.vectors) < 0.9 * penalty(plain.prompt.vectors)

@@ -10,6 +10,7 @@ projected gradient ascent (Madry et al. 2018).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from sonde.lm.model import LanguageModel
 from sonde.prompts.examples import Examples
 from sonde.prompts.objectives import Objective, cross_entropy
 from sonde.prompts.passes import Passes
-from sonde.prompts.soft_prompt import SoftPrompt, embedding_rms
+from sonde.prompts.soft_prompt import Position, SoftPrompt, embedding_rms
 from sonde.prompts.training import objective_values
 from sonde.stats.intervals import Interval, bootstrap_mean, paired_difference
 
@@ -166,11 +167,11 @@ class _Around:
     def __call__(self, deltas: Float[Tensor, "k n d"]) -> tuple[Float[Tensor, "k rows"], Float[Tensor, "k n d"]]:
         k, n = deltas.shape[:2]
         leaf = (self.centre + self.rms * deltas).detach().flatten(0, 1).requires_grad_()
-        count = len(self.passes.examples)
+        count, positions = len(self.passes.examples), cast("list[Position]", [self.prompt.position] * k)
         losses, gradient = torch.zeros(k, count, dtype=torch.float64), torch.zeros_like(leaf)
         generator = torch.Generator().manual_seed(self.seed)
         for members in self.passes.batches(_BATCH):
-            rows = self.passes.rows(members, [n] * k, [self.prompt.position] * k, generator=generator)
+            rows = self.passes.rows(members, [n] * k, positions, generator=generator)
             # places that are drawn are the same for all deltas
             rows = replace(rows, place=rows.place[: len(members)].repeat(k))
             for part, values in objective_values(self.passes, leaf, rows, self.objective, self.seed):

@@ -176,7 +176,8 @@ def _own_text(lm: "LanguageModel", n: int, size: int, seed: int) -> list[list[in
     for attempt in range(4):
         wanted = 2 * n
         words = Examples([[0]] * wanted, [[i] for i in range(wanted)])
-        begun = words.random_targets(lm, seed=seed * 13 + attempt).targets if start is None else [[start]] * wanted
+        begun = words.random_targets(lm, seed=seed * 13 + attempt).targets
+        begun = begun if start is None else [[int(start)]] * wanted  # type: ignore[arg-type]
         written = lm.generate(begun, max_new_tokens=size, temperature=1.0, seed=seed * 13 + attempt)
         rows = [[*a, *b][:size] for a, b in zip(begun, written, strict=True)]
         found += [row for row in rows if len(row) == size and row not in found]
