@@ -200,7 +200,7 @@ def _by_size(lm: "LanguageModel", of: Any, measured: Any, config: "PromptFragili
         control=("plain, worst case",),
         log=True,
         title="What a prompt loses when it is shaken",
-        subtitle=f"{lm.name}, mean over {len(measured)} tasks, 95 % bands; robust prompts trained at {config.rho:g} r",
+        subtitle=f"{lm.name}, mean over {len(measured)} tasks, 95 % bands; noise training at {config.rho:g} r",
         x_title="size of the noise (r)",
         y_title="rise of the loss (nats per token)",
         x_labels=[f"{rho:g}" for rho in config.rhos],

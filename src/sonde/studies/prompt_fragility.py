@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _LEAST_TASKS = 4
 _CONTEXT = 8  # tokens of each context
+_ASCENT = 0.1  # of the noise's length: uphill, a prompt is lost much sooner than in a random direction
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class PromptFragilityConfig(Runnable):
     tested: Count = 8
     """Unseen contexts on which prompts are shaken."""
     robust: Annotated[tuple[str, ...], arg(metavar="KIND ...")] = ("noise", "sam")
-    """Robust training to compare with: noise, sam, norm, hull."""
+    """Robust training to compare with: noise (of size --rho), sam (a tenth of it), norm, hull."""
     weight: float = 0.1
     """Weight of norm and hull."""
     restarts: Count = 1
@@ -220,7 +221,7 @@ def _measured(
     options |= {"batch": min(config.batch, len(training)), "seed": config.seed, "validation": validation}
     prompts = {"plain": train_prompts(lm, training, validations=1, progress=f"{task.name}, plain", **options)}
     for kind in dict.fromkeys(config.robust):
-        strength = config.rho if kind in ("noise", "sam") else config.weight
+        strength = {"noise": config.rho, "sam": _ASCENT * config.rho}.get(kind, config.weight)
         prompts[kind] = train_robust(
             lm,
             training,

@@ -102,9 +102,7 @@ def _step(run: "Run", spelling: Any, contexts: list[int], config: TokenGranulari
 
     name = f"tokens-{spelling.k}"
     if not run.done(name):
-        lm = train_speller(
-            spelling, steps=config.training, seed=config.seed, checkpoint=run.path(f"model-{spelling.k}.safetensors")
-        )
+        lm = train_speller(spelling, steps=config.training, seed=config.seed, checkpoint=run.checkpoint(name))
         curves = character_curves(
             lm,
             spelling,
@@ -146,7 +144,7 @@ def _chapter(found: "list[CharacterCurves]", config: TokenGranularityConfig, com
             Finding.of(
                 gain,
                 id=f"granularity.delivered-{one.k}",
-                sentence=f"Before tokens of {one.k}, the best prompt has {one.lengths[best + 1]} vectors; to be told"
+                sentence=f"Before {one.k}-character tokens, prompts of {one.lengths[best + 1]} help most; to be told"
                 f" which of {LANGUAGES} languages is spoken saves an ideal reader {told:g} bits at most.",
                 metric=f"bits of the span with no prompt less those with {one.lengths[best + 1]} vectors",
                 unit="bits",
@@ -167,7 +165,7 @@ def _chapter(found: "list[CharacterCurves]", config: TokenGranularityConfig, com
             Finding.of(
                 gap,
                 id=f"granularity.same-{characters}",
-                sentence=f"In place of {characters} characters, {characters // large.k} vectors before"
+                sentence=f"In place of {characters} characters, prompts of {characters // large.k} before"
                 f" {large.k}-character tokens deliver {which} than {characters // small.k} before {small.k}-character"
                 " ones.",
                 metric=f"bits delivered before {large.k}-character tokens less those before {small.k}-character ones",
@@ -180,12 +178,12 @@ def _chapter(found: "list[CharacterCurves]", config: TokenGranularityConfig, com
     for one in found:
         for n, characters in zip(one.lengths, one.replaced, strict=True):
             bits, worth = one.bits(n), one.worth(n)
-            rows.append(_point(f"prompt, tokens of {one.k}", characters, bits))
+            rows.append(_point(f"prompt, {one.k}-character", characters, bits))
             worth_text = f"over {one.contexts[-1]}" if math.isinf(worth) else f"{worth:.1f}"
             table.append([one.k, "prompt", n, characters, bits.estimate, bits.low, bits.high, worth_text])
         for m in one.contexts:
             bits = one.after(m)
-            rows.append(_point(f"text, tokens of {one.k}", m, bits))
+            rows.append(_point(f"text, {one.k}-character", m, bits))
             table.append([one.k, "text", m // one.k, m, bits.estimate, bits.low, bits.high, str(m)])
     chart = chart_kinds.lines(
         rows,
@@ -194,7 +192,7 @@ def _chapter(found: "list[CharacterCurves]", config: TokenGranularityConfig, com
         series="series",
         low="low",
         high="high",
-        control=[f"text, tokens of {one.k}" for one in found],
+        control=[f"text, {one.k}-character" for one in found],
         title="Prompts by the characters of context that they replace",
         subtitle=f"{SPAN} characters of {len(small.prompted[0])} unseen rows, 95 % bands; entropy of the language"
         f" {entropy():.2f}",
