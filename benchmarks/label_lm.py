@@ -59,7 +59,7 @@ def salience(seeds: int) -> None:
     for seed in range(seeds):
         task = questions(seed)
         for what, lm in (("pre-trained", quirky_comparison(seed, quirky=False)), ("from scratch", from_scratch(seed))):
-            for backend in (FineTuned(lm, template="{text}"), FineTuned(lm, rank=None, template="{text}")):
+            for backend in (FineTuned(lm), FineTuned(lm, rank=None)):
                 accuracies = []
                 for purchase in range(PURCHASES):
                     bought = Purchase(task, {"oracle": LABELS}, seed=purchase)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sonde.errors import SondeError
 from sonde.knowledge.few_shot import FewShot, Prompted
-from sonde.knowledge.label_lm import FineTuned, stage_settings
+from sonde.knowledge.label_lm import FineTuned, Parts, stage_settings
 from sonde.knowledge.label_losses import LogConfidence
 from sonde.knowledge.label_methods import Only, Sequential, UncertaintySampling
 from sonde.knowledge.label_problem import LabelSource, Problem, Purchase
@@ -99,7 +99,7 @@ def test_it_learns_what_labels_say_and_leaves_the_model_as_it_was(rank):
 
 
 def test_equal_seeds_give_equal_scores_and_no_labels_say_nothing():
-    backend = FineTuned(model(), rank=2, stage=StageSettings(lr=3e-3, passes=200))
+    backend = FineTuned(model(), rank=2, stage=StageSettings(lr=3e-3, passes=60), least_steps=4)
     first, second = (right(Sequential(backend), {"weak": 20, "oracle": 8}, seed=3)[1].scores for _ in range(2))
     assert (first == second).all()
     nothing = right(Sequential(backend), {"weak": 0, "oracle": 0})[1]
@@ -108,7 +108,8 @@ def test_equal_seeds_give_equal_scores_and_no_labels_say_nothing():
 
 def test_a_stage_can_train_the_head_or_the_body_alone():
     lm = model()
-    for parts in (("head",), ("head", "all"), ("body",)):
+    stages: list[tuple[Parts, ...]] = [("head",), ("head", "all"), ("body",)]
+    for parts in stages:
         backend = FineTuned(lm, rank=2, stage=StageSettings(lr=3e-3, passes=40), train=parts, keep_optimiser=True)
         learner = backend.learner(TASK, seed=0)
         head = learner.head.weight.detach().clone()
@@ -181,7 +182,7 @@ def test_one_class_and_too_few_held_out_rows_are_said():
 
 def test_what_makes_no_sense_is_refused():
     lm = model()
-    with pytest.raises(SondeError, match="a word of its own"):
+    with pytest.raises(SondeError, match="all different"):
         label_tokens(lm, ["ann likes tea"], ("no", "no"))
     with pytest.raises(SondeError, match="not one token each"):
         label_tokens(lm, ["ann likes tea"], ("yes yes", "no"))

@@ -64,7 +64,7 @@ class FewShot:
         total = torch.zeros(len(questions), len(problem.classes), dtype=torch.float64)
         for order in range(self.orders):
             places = np.random.default_rng([seed, order]).permutation(len(rows))
-            prefix = self.wording.prompt([problem.texts[rows[i]] for i in places], classes[places].tolist())
+            prefix = self.wording.prompt([problem.texts[int(i)] for i in rows[places]], classes[places].tolist())
             total += _word_logits(TextRows(self.lm, questions, prefix=prefix), words, self.batch) / self.orders
         scores = (total[:, 1] - total[:, 0]) if total.shape[1] == 2 else total
         settings = {
@@ -104,7 +104,7 @@ class Prompted:
         source = self.source or problem.oracle
         rows, classes, notes = _shots(problem, purchase, source, self.shots)
         places = np.random.default_rng(seed).permutation(len(rows))
-        prefix = self.wording.prompt([problem.texts[rows[i]] for i in places], classes[places].tolist())
+        prefix = self.wording.prompt([problem.texts[int(i)] for i in rows[places]], classes[places].tolist())
         method = self.method(self.backend.prompted(prefix))
         outcome = method(problem, _Rest(purchase, source, rows), seed=seed)
         settings: dict[str, Any] = {**outcome.settings, "shots": self.shots, "prompt rows from": source}

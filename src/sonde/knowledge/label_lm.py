@@ -64,7 +64,7 @@ class FineTuned:
     train: tuple[Parts, ...] = ("all",)
     new_head: bool = False
     keep_optimiser: bool = False
-    template: str = "{text}\n"
+    template: str = "{text}"
     prefix: str = ""
 
     @property

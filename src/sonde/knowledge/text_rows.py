@@ -25,12 +25,12 @@ from sonde.lm.prompt_rows import like_lengths
 class Wording:
     """How a row is asked about and answered.
 
-    template: the question, with {text} in it. words: the label of each class, one token as it follows the question.
-    between: stands between labelled rows of a prompt.
+    template: the question, with {text} in it. words: the label of each class, one token as it follows the question, its
+    space included. between: stands between labelled rows of a prompt.
     """
 
-    words: tuple[str, ...] = ("no", "yes")
-    template: str = "{text}\n"
+    words: tuple[str, ...] = (" no", " yes")
+    template: str = "{text}"
     between: str = "\n\n"
 
     def __post_init__(self) -> None:

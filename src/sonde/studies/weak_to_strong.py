@@ -150,7 +150,7 @@ def _recipes(config: WeakToStrongConfig, lm: "LanguageModel | None") -> "list[Re
     for recipe in chosen:
         assert lm is not None and isinstance(recipe.backend, Head)
         rank = 8 if config.student == "adapters" else None
-        made.append(replace(recipe, backend=FineTuned(lm, rank=rank, loss=recipe.backend.loss, template="{text}")))
+        made.append(replace(recipe, backend=FineTuned(lm, rank=rank, loss=recipe.backend.loss)))
     return made
 
 
