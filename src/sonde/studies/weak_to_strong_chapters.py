@@ -55,9 +55,9 @@ def chapters(taught: Taught) -> list[Chapter]:
     else:
         best = max(taught.names, key=lambda name: shares[name].estimate)
         answer = (
-            f"Taught with weak labels alone, the student recovers {shares[_PLAIN].estimate:.2f} of the gap between its "
-            f"supervisor ({floor:.3f}) and its ceiling ({top:.3f}) with cross-entropy, and {shares[best].estimate:.2f} "
-            f"with the best recipe, {best}."
+            f"Taught with weak labels alone, by cross-entropy, the student {_outcome(shares[_PLAIN])} between its "
+            f"supervisor ({floor:.3f}) and its ceiling ({top:.3f}); with the best recipe, {best}, the share is "
+            f"{_two(shares[best])}."
         )
     run = taught.runs[0]
     return [
@@ -103,14 +103,24 @@ def _main(taught: Taught, shares: dict[str, Interval]) -> Finding:
     return Finding.of(
         one,
         sentence=(
-            f"On {taught.task} a student taught by weak labels alone recovers {one.estimate:.2f} of the gap between "
-            f"its supervisor and its ceiling; with the same errors dealt anew among the rows, so that they cannot be "
-            f"learned, {shares[_ERRORS].estimate:.2f}, and with labels that say nothing {shares[_LABELS].estimate:.2f}."
+            f"On {taught.task} a student taught by weak labels alone {_outcome(one)} between its supervisor and its "
+            f"ceiling; with the same errors dealt anew among the rows, so that they cannot be learned, the share is "
+            f"{_two(shares[_ERRORS])}, and with labels that say nothing {_two(shares[_LABELS])}."
         ),
         control=Control("the supervisor itself", 0.0),
         figures=("gap.recipes",),
         **shared,
     )
+
+
+def _outcome(one: Interval) -> str:
+    if one.low > 0:
+        return f"recovers {_two(one)} of the gap"
+    return f"shows no recovery ({_two(one)}) of the gap"
+
+
+def _two(one: Interval) -> str:
+    return f"{round(one.estimate, 2) + 0.0:.2f}"
 
 
 def _better(taught: Taught, shares: dict[str, Interval]) -> list[Finding]:
@@ -153,7 +163,7 @@ def _chart(taught: Taught, shares: dict[str, Interval]) -> Any:
         value="share",
         low="low",
         high="high",
-        title=f"Cross-entropy recovers {shares[_PLAIN].estimate:.2f} of the gap",
+        title=f"With cross-entropy the student {_outcome(shares[_PLAIN])}",
         subtitle=f"Share of the gap to the ceiling, 1 is all of it; 95 % over {len(taught.runs)} seeds",
         x_title="share of the gap recovered",
         y_title="how the student learns",

@@ -108,7 +108,7 @@ def _material(config: "WeakToStrongConfig") -> tuple[str, list[str], Bool[np.nda
         name, texts, truth = "comparison, asked as Alice", asked.prompts, asked.truth
     else:
         read = comparisons(n=3000, seed=config.seed)
-        name, texts, truth = read.name, list(read.texts), read.labels
+        name, texts, truth = "comparisons of numbers", list(read.texts), read.labels
     first = np.sort(np.unique(texts, return_index=True)[1])
     return name, [texts[i] for i in first], truth[first]
 
