@@ -7,7 +7,7 @@ from sonde.cli import main
 from sonde.knowledge.label_training import StageSettings
 from sonde.studies.weak_to_strong import WeakToStrongConfig, weak_to_strong
 
-TINY = ("--rows", "1500", "--test", "400", "--seeds", "2")
+TINY = ("--rows", "1000", "--test", "300", "--seeds", "2")
 
 
 def run(*words):
@@ -54,7 +54,7 @@ def test_a_finished_run_is_resumed_with_the_same_numbers(folder, monkeypatch):
     monkeypatch.setattr("sonde.studies.weak_to_strong._one_seed", None)  # nothing is run again
     before = numbers(folder)
     config = WeakToStrongConfig(
-        rows=1500, test=400, seeds=2, recipes=("kNN-filter", "logistic-relabel"), out=folder, resume=True
+        rows=1000, test=300, seeds=2, recipes=("kNN-filter", "logistic-relabel"), out=folder, resume=True
     )
     assert numbers(weak_to_strong(config).parent) == before
 
@@ -73,7 +73,7 @@ def test_a_gap_that_is_not_there_is_refused(tmp_path):
     words = ("--model", "organism:quirky-comparison", "--rows", "60", "--seeds", "2", "--recipes", "kNN-filter")
     assert not run(*words, "--weak-site", "resid_post.3", "--out", str(folder))
     (finding,) = numbers(folder)
-    assert "less than 0.05 above the supervisor's" in finding["refused"]
+    assert "less than 0.05 above the supervisor's" in finding["reason"]
     assert "There is no gap" in page(folder)
 
 
