@@ -36,6 +36,7 @@ def fragility_chapter(
         "conditional distance": distance,
         "quantised bits": np.array([one["bits"] for one in measured]),
         "target length": np.array([task.size for task in tasks], dtype=float),
+        "loss at rest": np.array([f.loss for f in plain]),
         **{f"F({rho:g})": np.array([f.rise(rho).estimate for f in plain]) for rho in config.rhos},
         **{f"G({rho:g})": np.array([f.gradient(rho).estimate for f in plain]) for rho in config.rhos},
     }
@@ -59,7 +60,8 @@ def fragility_chapter(
         ],
         not_shown=(
             f"Other models, longer training and tasks that are no fixed targets. {len(tasks)} tasks give wide"
-            " intervals. Targets of growing length are one way to make tasks harder; the correlation is over these."
+            " intervals. Targets of growing length are one way to make tasks harder; the correlation is over these. A"
+            " harder task also leaves a higher loss at rest after as many steps, and the table correlates that too."
         ),
         how=(
             f"F(ρ) = E L(s + δ) − L(s) and G(ρ) = r E |∇L(s + δ)|, δ of {config.draws} antithetic draws from"
@@ -242,7 +244,7 @@ def _task_table(lm: "LanguageModel", tasks: Any, measured: Any, plain: Any, conf
 
 def _correlation_table(numbers: dict[str, np.ndarray], config: "PromptFragilityConfig") -> Block:
     rows = []
-    for name in ("conditional distance", "quantised bits", "target length"):
+    for name in ("conditional distance", "quantised bits", "target length", "loss at rest"):
         for rho in config.rhos:
             for of in (f"F({rho:g})", f"G({rho:g})"):
                 found = _spearman(numbers[name], numbers[of])

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 class TokenGranularityConfig(Runnable):
     """Compare prompts of a model of 1-character tokens with prompts of a model of 4-character tokens, by the character.
 
-    Example: sonde run token-granularity --training 1500
+    Example: sonde run token-granularity --training 6000
     """
 
     words = ("sonde", "run", "token-granularity")
 
     sizes: Numbers = (1, 4)
     """Characters a token of each model: 1, 2 or 4."""
-    training: Count = 3000
+    training: Count = 1500
     """Training steps of each model, of 16 rows."""
     lengths: Numbers = (1, 4, 16)
     """Numbers of prompt tokens, besides none."""
