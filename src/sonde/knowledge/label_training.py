@@ -157,7 +157,7 @@ class _Watch:
         if not len(self._out) or (step + 1) % self._every:
             return
         area = self._area()
-        if area > self._best:
+        if area >= self._best:  # of equals the later one, which has learned more
             self._best = area
             own = self._module.named_parameters()
             self._weights = {name: p.detach().clone() for name, p in own if p.requires_grad}

@@ -45,7 +45,7 @@ class CouplingFlow(Novelty):
         order = torch.randperm(trusted.shape[1], generator=generator)
         held, fitted = order[: len(order) // _HELD], order[len(order) // _HELD :]
         self.gaussian_ = Gaussian.of(trusted[:, fitted])
-        self._weights = self._start(*trusted.shape[::2], generator)
+        self._weights = self._start(trusted.shape[0], trusted.shape[2], generator)
         best = [weight.clone() for weight in self._weights]
         z, check = (self.gaussian_.whitened(trusted[:, part]) for part in (fitted, held))
         gaussian = lowest = self._surprise(check, best).mean(1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Model, Name, Names
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -88,7 +88,6 @@ def anomaly_detection(config: AnomalyDetectionConfig) -> Path:
     from sonde.lm.prompt_rows import prompt_ids
     from sonde.organisms.loading import load
     from sonde.studies.anomaly_chapters import chapters
-    from sonde.studies.steering_chapters import material_of
 
     names, detectors = _check(config)
     lm = load(config.model, dtype=config.dtype, device=config.device)
@@ -105,7 +104,7 @@ def anomaly_detection(config: AnomalyDetectionConfig) -> Path:
         return publish(
             run,
             lm,
-            material_of(prompt_ids(lm, first.test.prompts)),
+            Read.of(prompt_ids(lm, first.test.prompts)),
             chapters(quirky, twins, others, run, command=shlex.join(config.command())),
             title=f"What sets off an alarm in {lm.name}",
             source=f"quirky set {first.test.name}",

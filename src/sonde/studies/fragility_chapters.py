@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sonde.studies.prompt_fragility import PromptFragilityConfig, Task
 
 _SHUFFLES = 2000
+_NEAR = 0.15  # how far a rise may be from the expansion
 
 
 def fragility_chapter(
@@ -56,6 +57,7 @@ def fragility_chapter(
             _by_size(lm, of, measured, config),
             _task_table(lm, tasks, measured, plain, config),
             _correlation_table(numbers, config),
+            _trace_table(tasks, measured, plain, config),
             _robust_table(of, config),
         ],
         not_shown=(
@@ -109,11 +111,16 @@ def _correlated(a: str, b: str, x: np.ndarray, y: np.ndarray, common: dict[str, 
     others = np.stack([rng.permutation(_ranked(y)) for _ in range(_SHUFFLES)])
     shuffled = spearman(np.broadcast_to(_ranked(x), others.shape), others)
     low, middle, high = (float(v) for v in np.quantile(shuffled, [0.025, 0.5, 0.975]))
-    beyond = "rise together" if found.low > high else "go against each other" if found.high < low else ""
-    sentence = f"Over {found.n} tasks, {a} and {b} " + (
-        beyond + "." if beyond else "are not correlated more than shuffled tasks are, within what these tasks can tell."
+    together, against = found.low > middle and found.estimate > high, found.high < middle and found.estimate < low
+    verdict = "are not told apart from shuffled tasks."
+    if together or against:
+        verdict = "rise together." if together else "go against each other."
+    return Finding.of(
+        found,
+        sentence=f"Over {found.n} tasks, {a} and {b} {verdict}",
+        control=Control("shuffled pairing", middle, None if together or against else (low, high)),
+        **fields | {"metric": f"{fields['metric']} (95 % of shuffled pairings: {low:.2f} to {high:.2f})"},
     )
-    return Finding.of(found, sentence=sentence, control=Control("shuffled pairing", middle, (low, high)), **fields)
 
 
 def _expansion(measured: Any, plain: Any, config: "PromptFragilityConfig", common: dict[str, Any]) -> Finding:
@@ -125,13 +132,15 @@ def _expansion(measured: Any, plain: Any, config: "PromptFragilityConfig", commo
         return bootstrap(lambda a, b: a.sum(-1) / b.sum(-1), rises, 0.5 * rho**2 * trace, batched=True)
 
     small, large = min(config.rhos), max(config.rhos)
+    found = ratio(small)
+    near = "within" if abs(found.estimate - 1) <= _NEAR else "but not within"
     return Finding.of(
-        ratio(small),
+        found,
         id="fragility.trace",
-        sentence=f"At ρ = {small:g}, how the loss rises against what the Hessian's trace predicts, over all tasks.",
+        sentence=f"At ρ = {small:g} losses rise as the trace of the Hessian predicts, {near} {_NEAR:.0%}.",
         metric=f"F({small:g}) over ρ² r² tr(H) / 2, sums over tasks",
         control=Control.of(f"ρ = {large:g}", ratio(large)),
-        tables=("fragility.tasks",),
+        tables=("fragility.trace",),
         **common,
     )
 
@@ -211,33 +220,43 @@ def _by_size(lm: "LanguageModel", of: Any, measured: Any, config: "PromptFragili
 
 
 def _task_table(lm: "LanguageModel", tasks: Any, measured: Any, plain: Any, config: "PromptFragilityConfig") -> Block:
-    small, at = min(config.rhos), config.rhos.index(config.rho)
+    at = config.rhos.index(config.rho)
     rows = []
     for task, one, found in zip(tasks, measured, plain, strict=True):
         own = one["shaken"]["plain"]
         rows.append(
             [
-                "own words" if task.own else "random tokens",
+                "own" if task.own else "random",
                 lm.decode(task.examples.targets[0]) if lm.tokenizer else str(task.examples.targets[0]),
                 task.size,
                 tokens(one["distance"]),
                 one["bits"] if math.isfinite(one["bits"]) else None,
-                one["loss"],
                 found.loss,
                 found.rise(config.rho).estimate,
                 found.gradient(config.rho).estimate,
                 own["worst"][at]["estimate"],
-                found.rise(small).estimate,
-                0.5 * small**2 * own["trace"]["estimate"],
             ]
         )
-    names = ("task", "target", "tokens", "distance", "bits", "bare loss", "loss", f"F({config.rho:g})")
-    names += (f"G({config.rho:g})", f"worst({config.rho:g})", f"F({small:g})", "predicted")
+    names = ("task", "target", "tokens", "distance", "bits", "loss", f"F({config.rho:g})")
+    names += (f"G({config.rho:g})", f"worst({config.rho:g})")
     return Table(
         id="fragility.tasks",
-        caption="Every task: prompt tokens and quantised bits of the shortest prompt that works; losses in nats a token"
-        f" of a prompt of {config.shaken} vectors; F({small:g}) as predicted by the trace of the Hessian",
+        caption=f"Tokens and bits of the shortest prompt that works; losses (nats a token) of {config.shaken} vectors",
         columns=[Column(name=name, code=name == "target") for name in names],
+        rows=rows,
+    )
+
+
+def _trace_table(tasks: Any, measured: Any, plain: Any, config: "PromptFragilityConfig") -> Block:
+    small = min(config.rhos)
+    rows = [
+        ["own" if task.own else "random", task.size, found.rise(small).estimate, 0.5 * small**2 * trace["estimate"]]
+        for task, found, trace in zip(tasks, plain, (one["shaken"]["plain"]["trace"] for one in measured), strict=True)
+    ]
+    return Table(
+        id="fragility.trace",
+        caption=f"F({small:g}) and what the trace of the Hessian predicts, nats a token",
+        columns=["task", "tokens", f"F({small:g})", "ρ² r² tr(H) / 2"],
         rows=rows,
     )
 

@@ -15,7 +15,7 @@ from tyro.conf import arg
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Name, Names
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Named, Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.data.behaviours import Behaviour
@@ -120,13 +120,10 @@ def information_curve(config: InformationCurveConfig) -> Path:
 
     Raises `SondeError` for anything wrong with options, models, behaviours or the folder, before any training.
     """
-    from types import SimpleNamespace
-
     from sonde.organisms.loading import load
     from sonde.prompts.elicitation import require_room
     from sonde.prompts.examples import Examples
     from sonde.studies.elicitation_chapters import curve_chapter, summary_chapter
-    from sonde.studies.steering_chapters import material_of
 
     check_options(config)
     if not config.models or len(set(config.models)) < len(config.models):
@@ -148,15 +145,7 @@ def information_curve(config: InformationCurveConfig) -> Path:
         for examples in of_model:
             require_room(lm, examples, budget)
     command = shlex.join(config.command())
-    together: Any = SimpleNamespace(
-        name=", ".join(lm.name for lm in loaded),
-        device=loaded[0].device,
-        hash=loaded[0].hash if len(loaded) == 1 else "",
-        n_parameters=sum(lm.n_parameters for lm in loaded),
-    )
-    named: Any = SimpleNamespace(
-        name=loaded[0].name if len(loaded) == 1 else "models", device=loaded[0].device
-    )  # fmt: skip
+    named = Named(loaded[0].name if len(loaded) == 1 else "models", device=str(loaded[0].device))
     with open_run("information-curve", config, named) as run:
         chapters, found = [], []
         for number, (lm, control, of_model) in enumerate(zip(loaded, controls, sets, strict=True)):
@@ -172,12 +161,12 @@ def information_curve(config: InformationCurveConfig) -> Path:
         chapters.insert(0, summary_chapter(found, command=command, threshold=threshold))
         return publish(
             run,
-            together,
-            material_of(
+            Named.of(loaded),
+            Read.of(
                 [[*c, *t] for of_model in sets for e in of_model for c, t in zip(e.contexts, e.targets, strict=True)]
             ),
             chapters,
-            title=f"How much prompting does it take? {together.name}",
+            title=f"How much prompting does it take? {Named.of(loaded).name}",
             source=config.examples or "built-in behaviours",
             timings=dict(run.timings),
         )

@@ -14,7 +14,7 @@ from sonde.errors import SondeError
 from sonde.studies.information_curve import Numbers
 from sonde.studies.options import Count, Folder, Name
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +83,6 @@ def pathfinding(config: PathfindingConfig) -> Path:
     from sonde.organisms.loading import load
     from sonde.prompts.control_model import shuffled
     from sonde.prompts.elicitation import Budget, parts_of, require_room
-    from sonde.studies.steering_chapters import material_of
 
     check_options(config)
     lengths = sorted(set(config.lengths) - {0})
@@ -110,7 +109,7 @@ def pathfinding(config: PathfindingConfig) -> Path:
         return publish(
             run,
             lm,
-            material_of([[*c, *t] for c, t in zip(examples.contexts, examples.targets, strict=True)]),
+            Read.of([[*c, *t] for c, t in zip(examples.contexts, examples.targets, strict=True)]),
             [_chapter(lm, found, [0, *lengths], parts[2], run.result("walks"), config, command)],
             title=f"Can {lm.name} be prompted to walk a maze?",
             source=f"{config.boards} generated boards",

@@ -17,7 +17,7 @@ from sonde.errors import SondeError
 from sonde.studies.information_curve import Numbers
 from sonde.studies.options import Count, Folder, Name
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -103,7 +103,6 @@ def prompt_fragility(config: PromptFragilityConfig) -> Path:
     from sonde.organisms.loading import load
     from sonde.prompts.elicitation import Budget, require_room
     from sonde.studies.fragility_chapters import fragility_chapter
-    from sonde.studies.steering_chapters import material_of
 
     check_options(config)
     _check(config)
@@ -119,7 +118,7 @@ def prompt_fragility(config: PromptFragilityConfig) -> Path:
         return publish(
             run,
             lm,
-            material_of(rows),
+            Read.of(rows),
             [fragility_chapter(lm, found, measured, config, command)],
             title=f"How fragile are prompts of {lm.name}?",
             source=f"{len(found)} tasks after the model's own text",
@@ -239,4 +238,4 @@ def _measured(
             worst = worst_case(lm, prompt, test, rhos=config.rhos, seed=config.seed)
             shaken[kind]["worst"] = [asdict(rise) for rise in worst]
             shaken[kind]["trace"] = asdict(hessian_trace(lm, prompt, test, draws=config.draws, seed=config.seed))
-    return {"distance": distance, "bits": bits, "loss": curve.loss(0, per_token=True).estimate, "shaken": shaken}
+    return {"distance": distance, "bits": bits, "shaken": shaken}

@@ -16,7 +16,7 @@ from tyro.conf import arg
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Model, Name
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.data.quirky import Splits
@@ -79,7 +79,6 @@ def quirky_elk(config: QuirkyElkConfig) -> Path:
     from sonde.organisms.loading import load
     from sonde.studies.quirky_elk_chapters import chapters
     from sonde.studies.quirky_elk_measures import measured
-    from sonde.studies.steering_chapters import material_of
 
     _check(config)
     lm = load(config.model, dtype=config.dtype, device=config.device)
@@ -92,7 +91,7 @@ def quirky_elk(config: QuirkyElkConfig) -> Path:
         return publish(
             run,
             lm,
-            material_of(prompt_ids(lm, splits[0].test.prompts)),
+            Read.of(prompt_ids(lm, splits[0].test.prompts)),
             written,
             title=f"What {lm.name} knows and what it says",
             source=f"quirky set {splits[0].test.name}",

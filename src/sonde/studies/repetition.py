@@ -16,7 +16,7 @@ from sonde.errors import SondeError
 from sonde.studies.information_curve import Numbers
 from sonde.studies.options import Count, Folder, Name, Text
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -97,7 +97,6 @@ def repetition(config: RepetitionConfig) -> Path:
     from sonde.prompts.curve import Threshold
     from sonde.prompts.elicitation import Budget, require_room
     from sonde.prompts.examples import Examples
-    from sonde.studies.steering_chapters import material_of
 
     check_options(config)
     if not config.strings or not all(config.strings) or len(set(config.strings)) < len(config.strings):
@@ -121,7 +120,7 @@ def repetition(config: RepetitionConfig) -> Path:
         return publish(
             run,
             lm,
-            material_of(rows),
+            Read.of(rows),
             [_chapter(found, [len(ids) for ids in strings.values()], config, threshold, command)],
             title=f"What does it take to make {lm.name} repeat a string?",
             source=config.text or "help texts of Python",

@@ -13,14 +13,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Name, Text
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, halves, open_run, publish, read_text
+from sonde.studies.running import Named, Runnable, check_options, halves, open_run, publish, read_text
 
 if TYPE_CHECKING:
     from sonde.lens.evaluation import LensScores
@@ -118,17 +118,11 @@ def rnn_lens(config: RnnLensConfig) -> Path:
         lm.name = name
     texts = [read_text(SimpleNamespace(**vars(config), model=lm.name), lm) for lm in loaded]
     parts = [halves(text, describe(config.text)) for text in texts]
-    together: Any = SimpleNamespace(
-        name=", ".join(lm.name for lm in loaded),
-        device=loaded[0].device,
-        hash=loaded[0].hash if len(loaded) == 1 else "",
-        n_parameters=sum(lm.n_parameters for lm in loaded),
-    )
-    with open_run("rnn-lens", config, SimpleNamespace(name="lenses", device=loaded[0].device)) as run:  # type: ignore[arg-type]
+    with open_run("rnn-lens", config, Named("lenses", device=str(loaded[0].device))) as run:
         read = [_read(run, lm, *part, config.seed) for lm, part in zip(loaded, parts, strict=True)]
         return publish(
             run,
-            together,
+            Named.of(loaded),
             texts[0],
             [_chapter(read, shlex.join(config.command()))],
             title="Lenses by depth, in transformers and recurrent networks",

@@ -34,6 +34,16 @@ class Named:
     n_parameters: int | None = None
     device: str = "cpu"
 
+    @staticmethod
+    def of(models: "Sequence[LanguageModel]") -> "Named":
+        """Several language models together; of one, its own hash."""
+        return Named(
+            ", ".join(lm.name for lm in models),
+            models[0].hash if len(models) == 1 else "",
+            sum(lm.n_parameters for lm in models),
+            str(models[0].device),
+        )
+
 
 @dataclass(frozen=True)
 class Read:
@@ -41,6 +51,14 @@ class Read:
 
     n_tokens: int | None = None
     hash: str = ""
+
+    @staticmethod
+    def of(rows: "Sequence[Sequence[int]]") -> "Read":
+        """Rows of token ids."""
+        import hashlib
+
+        ids = [list(row) for row in rows]
+        return Read(sum(map(len, ids)), hashlib.sha256(repr(ids).encode()).hexdigest())
 
 
 class Runnable:

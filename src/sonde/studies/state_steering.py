@@ -15,7 +15,7 @@ from tyro.conf import arg
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Name
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Named, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
@@ -70,8 +70,6 @@ def state_steering(config: StateSteeringConfig) -> Path:
     Raises `SondeError` for models without a recurrent state, models that are not toys without a file of items, and
     anything wrong with a model, the file or the folder.
     """
-    from types import SimpleNamespace
-
     from sonde.concepts.state_steering import require_states
     from sonde.organisms.loading import load
     from sonde.studies import steering_chapters as shared
@@ -93,15 +91,8 @@ def state_steering(config: StateSteeringConfig) -> Path:
     else:
         fit, held = read_items(config.contrast, None, pairs=config.pairs, held=config.items, seed=config.seed)
         tasks, source = [items_of(lm, fit, held)[0] for lm in loaded], Path(config.contrast).name
-    together: Any = SimpleNamespace(
-        name=", ".join(lm.name for lm in loaded),
-        device=loaded[0].device,
-        hash=loaded[0].hash if len(loaded) == 1 else "",
-        n_parameters=sum(lm.n_parameters for lm in loaded),
-    )
     command = shlex.join(config.command())
-    name: Any = SimpleNamespace(name="models", device=loaded[0].device)
-    with open_run("state-steering", config, name) as run:
+    with open_run("state-steering", config, Named("models", device=str(loaded[0].device))) as run:
         chapters, found = [], []
         for number, (lm, task) in enumerate(zip(loaded, tasks, strict=True)):
             one = shared.measured(
@@ -113,7 +104,7 @@ def state_steering(config: StateSteeringConfig) -> Path:
         chapters.insert(0, _summary(found, command))
         return publish(
             run,
-            together,
+            Named.of(loaded),
             shared.material(tasks[0].items),
             chapters,
             title="Steering recurrent networks by state and residual stream",

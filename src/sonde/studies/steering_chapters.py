@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sonde.errors import SondeError
+from sonde.studies.running import Read
 
 if TYPE_CHECKING:
     from sonde.concepts.contrast import Contrast
@@ -343,18 +344,9 @@ def chart(name: str, made: Any, caption: str) -> "Figure":
     return Figure(id=name, chart=made, caption=caption)
 
 
-def material(items: "Sequence[Choice]") -> Any:
+def material(items: "Sequence[Choice]") -> Read:
     """What a report says it has read: the number of tokens of the items, and a hash of them."""
-    return material_of([item.prompt for item in items])
-
-
-def material_of(rows: Sequence[Sequence[int]]) -> Any:
-    """The same of token ids of prompts."""
-    import hashlib
-    from types import SimpleNamespace
-
-    ids = [list(row) for row in rows]
-    return SimpleNamespace(n_tokens=sum(map(len, ids)), hash=hashlib.sha256(repr(ids).encode()).hexdigest())
+    return Read.of([item.prompt for item in items])
 
 
 def sentences(notes: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from tyro.conf import arg
 from sonde.errors import SondeError
 from sonde.studies.options import Count, Folder, Model, Name
 from sonde.studies.registry import study
-from sonde.studies.running import Runnable, check_options, open_run, publish
+from sonde.studies.running import Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
     from sonde.data.statements import Statements
@@ -70,7 +70,6 @@ def truth_probes(config: TruthProbesConfig) -> Path:
     from sonde.knowledge.states import States
     from sonde.lm.prompt_rows import prompt_ids
     from sonde.organisms.loading import load
-    from sonde.studies.steering_chapters import material_of
     from sonde.studies.truth_chapters import chapters
     from sonde.studies.truth_measures import Truth, answers_of, measure, statement_states
 
@@ -92,7 +91,7 @@ def truth_probes(config: TruthProbesConfig) -> Path:
         return publish(
             run,
             lm,
-            material_of(prompt_ids(lm, [text for one in sets for text in one.texts])),
+            Read.of(prompt_ids(lm, [text for one in sets for text in one.texts])),
             chapters(found, sets, run, config, shlex.join(config.command())),
             title=f"Where {lm.name} tells true from false",
             source=", ".join(one.name for one in sets),
