@@ -10,8 +10,8 @@ LAYERS, WIDTH = 3, 16
 def planted(n=300, *, seed=0, signal=2.0, noise=0.3, templates=1):
     """States, labels `[n]`, template of each row and the directions `[layers d]`.
 
-    h = noise + s u, h± = noise ± s u + shift of the answer and the template; s is 1 for true, -1 for false. The shift is
-    at right angles to u, so that erasing it leaves the direction of the truth as it is.
+    h = noise + s u, h± = noise ± s u + shift of the answer and the template; s is 1 for true, -1 for false. The shift
+    is at right angles to u, so that erasing it leaves the direction of the truth as it is.
     """
     g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(11)
     u = torch.nn.functional.normalize(torch.randn(LAYERS, WIDTH, generator=fixed), dim=1)

@@ -75,7 +75,8 @@ def withstanding(
     """The loss of `sonde.prompts.weight_training.tuned`, at `settings.updates` steps.
 
     `closed` are contexts without the trigger, followed by what a clean model says; `payload` is the behaviour that the
-    adversary looks for; `beside` is clean text, which keeps the model's language. Raises `SondeError` for a radius that is not positive.
+    adversary looks for; `beside` is clean text, which keeps the model's language. Raises `SondeError` for a radius that
+    is not positive.
     """
     if not settings.radius > 0:
         raise SondeError(f"a ball of radius {settings.radius} leaves nothing to attack: give a positive one")
