@@ -69,7 +69,7 @@ def test_prompts_are_written_from_conditions_and_walks_are_followed(tmp_path):
         (pathfinding, PathfindingConfig, {"lengths": (0,)}, "numbers above 0"),
         (pathfinding, PathfindingConfig, {"longest": 1, "size": 2}, "raise --longest"),
     ],
-    ids=str,
+    ids=lambda given: given.__name__ if callable(given) else str(given),
 )
 def test_bad_options_are_refused_before_a_folder_is_made(run, config, change, message, tmp_path):
     with pytest.raises(SondeError, match=message):
