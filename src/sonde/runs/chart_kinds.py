@@ -258,7 +258,8 @@ def _y_scale(values: Sequence[Any], log: bool) -> dict[str, Any]:
         return {"type": "log", "domain": [lowest / 1.15, highest * 1.15], "nice": False}
     lowest, highest = min(lowest, 0.0), max(highest, 0.0)
     step = 10 ** math.floor(math.log10((highest - lowest) or 1.0)) / 4
-    domain = [math.floor(lowest / step) * step, math.ceil(highest * 1.02 / step) * step or 1.0]
+    room = 1.02 if not 0.975 < highest <= 1 else 1.0  # a share that reaches 1 needs no room above it
+    domain = [math.floor(lowest / step) * step, math.ceil(highest * room / step) * step or 1.0]
     return {"domain": domain, "nice": False}
 
 
