@@ -4,7 +4,7 @@ A detector is fitted on trusted rows and scores others: `fit(trusted).score(rows
 `[n, d]`, or `[layers, n, d]` for all layers at once. Online forms take `score(batch, untrusted=batch)`. Here are the
 isolation forest and the one-class SVM of scikit-learn, and two scores for sparse codes: L0 counts the codes that are on
 in a row and were off in all trusted ones, L2 is the mean square of codes standardised by the trusted rows. The others
-stand in `gaussian_novelty`, `local_outliers` and `flow`.
+stand in `gaussian_novelty`, `abstraction`, `local_outliers` and `flow`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sonde.stats.abstraction import Abstraction
 from sonde.stats.flow import CouplingFlow
 from sonde.stats.gaussian_novelty import (
     LikelihoodRatio,
@@ -102,6 +103,7 @@ DETECTORS: Mapping[str, Callable[[], Novelty]] = MappingProxyType(
         "isolation-forest": IsolationForest,
         "one-class-svm": OneClassSVM,
         "flow": CouplingFlow,
+        "abstraction": Abstraction,
         "l2": StandardisedSquare,
         "l0": NewlyActive,
         "topological": Topological,

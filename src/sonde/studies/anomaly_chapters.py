@@ -28,6 +28,7 @@ _FEATURES = {
     "effects: components": "PCs",
     "effects: gradient": "gradient",
     "effects on the probe": "on probe",
+    "fine-tuning": "tuning",
     RANDOM: "random",
 }
 _DETECTORS = {
@@ -37,6 +38,8 @@ _DETECTORS = {
     "lof online": "LOF online",
     "isolation-forest": "forest",
     "one-class-svm": "SVM",
+    "flow": "flow",
+    "abstraction": "abstraction",
     "l2": "L2",
     "l0": "L0",
     "topological": "topology",

@@ -53,6 +53,8 @@ class AnomalyDetectionConfig(Runnable):
     (organism:quirky-comparison only, two minutes), of which 4 are trusted."""
     detectors: Names = None
     """Which detectors: mahalanobis, lof … `sonde.stats.novelty.DETECTORS` has all, and all is the default."""
+    fine_tuning: bool = False
+    """Also look at how far the answers move when the model is trained on trusted records; needs sonde[tune]."""
     trusted: Count = 1000
     """Most records that alarms are fitted on, and that the probe is."""
     test: Count = 1000
@@ -133,6 +135,7 @@ class _Work:
                 self._detectors if kind == "quirky" and not number else (FIRST,),
                 batch=self._config.batch,
                 seed=self._config.seed,
+                fine_tuning=self._config.fine_tuning,
                 progress=f"{kind}, {task.name}",
             )
             self._run.finish(step, found.state())

@@ -16,6 +16,7 @@ from sonde.data.quirky import Records, Splits
 from sonde.errors import SondeError
 from sonde.knowledge.anomaly_features import Feature, look
 from sonde.knowledge.anomaly_table import Told, compare
+from sonde.knowledge.fine_tuning_distance import fine_tuning_distance
 from sonde.knowledge.probes import fit
 from sonde.knowledge.recovered_gap import ScoredRows
 from sonde.knowledge.states import extract
@@ -141,11 +142,19 @@ class Measured:
 
 
 def measured(
-    lm: LanguageModel, given: Task, detectors: Sequence[str], *, batch: int, seed: int, progress: str | None = None
+    lm: LanguageModel,
+    given: Task,
+    detectors: Sequence[str],
+    *,
+    batch: int,
+    seed: int,
+    fine_tuning: bool = False,
+    progress: str | None = None,
 ) -> Measured:
     """Fit a probe for the truth and look at trusted and test records with every feature and detector.
 
-    A feature more is what random directions read in the probe's place.
+    A feature more is what random directions read in the probe's place, and with `fine_tuning` how far training on
+    trusted records moves the answers.
     """
     label = progress and f"{progress}: reading"
     probed = extract(lm, given.probed.prompts, given.probed.answers, batch=batch, progress=label)
@@ -158,6 +167,10 @@ def measured(
     )
     trusted, test = (torch.einsum("lnd,ld->nl", rows, directions) for rows in (stream.trusted, stream.test))
     features = [*looked.features, Feature(RANDOM, trusted, test)]
+    if fine_tuning:
+        truth = torch.from_numpy(given.trusted.truth)
+        label = progress and f"{progress}: fine-tuning"
+        features.append(fine_tuning_distance(lm, sides[0], truth, sides[1], batch=batch, seed=seed, progress=label))
     told = compare(
         features,
         given.anomalous,
