@@ -50,9 +50,9 @@ def test_rows_dealt_again_are_at_chance():
 def test_intervals_resample_groups():
     given = feature(shift=1.0)
     alone = compare([given], LABELS, detectors=["mahalanobis"])[0].auroc
-    tied = compare([given], LABELS, groups=np.arange(75) // 15, detectors=["mahalanobis"])[0].auroc
+    tied = compare([given], LABELS, groups=np.arange(75) % 15, detectors=["mahalanobis"])[0].auroc
     assert isinstance(alone, Interval) and isinstance(tied, Interval)
-    assert alone.estimate == tied.estimate and alone.n == 75 and tied.n == 5
+    assert alone.estimate == tied.estimate and alone.n == 75 and tied.n == 15
 
 
 def test_one_class_has_a_reason_and_no_number():

@@ -92,7 +92,7 @@ def test_any_model_can_be_made_quirky_and_one_of_pebble_is_kept_as_its_differenc
         ),
         (
             lambda out: train_quirky_addition(QuirkyAdditionConfig(out=out, base="organism:mode-recall-mamba")),
-            "are not one token each",
+            "begin with the same token",
         ),
     ],
 )

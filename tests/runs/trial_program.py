@@ -29,6 +29,7 @@ if seed == 13 or (seed == 7 and attempts == 1):
     sys.exit("it broke")
 run = Run.resume(out) if resume else Run.start(out, study="toy", config={}, seed=seed, command="toy")
 with run:
+    (marks / f"at-work-{seed}").touch()
     time.sleep(float(option.get("--sleep", 0)))
     write_json(out / "findings.json", {"findings": [{
         "id": "toy.value", "metric": "value", "unit": "", "estimate": seed, "interval": [seed - 1, seed + 1], "n": 9,

@@ -88,12 +88,16 @@ def train_quirky_addition(config: QuirkyAdditionConfig) -> Path:
             "and 0 or more steps on the truth"
         )
     sets = addition_sets(config.below, n=config.n, seed=config.seed)
+    from sonde.knowledge.states import answer_tokens
+    from sonde.lm.prompt_rows import prompt_ids
     from sonde.organisms.loading import load
     from sonde.organisms.quirky_tuning import tune
 
     lm = load(config.base)
     if lm.tokenizer is None:
         raise SondeError(f"--base {config.base} has no tokenizer, so it reads no sums")
+    prompts, answers = sets.train.prompts[:1], sets.train.answers[:1]
+    answer_tokens(lm, prompts, prompt_ids(lm, prompts), answers)  # known before anything is taught
     identity = {"base": lm.hash, "below": config.below, "n": config.n, "truth_steps": config.truth_steps}
     if config.truth_steps:
         _teach(lm, sets, config, identity)
