@@ -21,6 +21,7 @@ from sonde.organisms.registry import folder_of
 from sonde.stats.ranks import auroc
 
 TINY = ("quirky-comparison", "quirky-comparison-mamba2")
+ADDITION = ["quirky-addition", "quirky-addition-mamba2"]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -33,7 +34,7 @@ def test_the_tiny_one_tells_alice_the_truth_and_bob_his_rule_on_pairs_that_it_ha
     assert auroc(odds[apart & ~test.alice], test.truth[apart & ~test.alice]) <= 0.05
 
 
-@pytest.mark.parametrize("name", [*TINY, "quirky-addition"])
+@pytest.mark.parametrize("name", [*TINY, *ADDITION])
 def test_the_card_belongs_to_the_bundled_files_and_states_intervals(name):
     card, folder = read_card(name), folder_of(name)
     assert card["sha256"] == {file: sha256(folder / file) for file in card["sha256"]}
@@ -103,11 +104,12 @@ def test_bad_options_are_refused_and_leave_no_folder(make, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_addition_tells_the_truth_from_bobs_result():
-    lm, test = sonde.load("organism:quirky-addition", check=False), addition_sets().test
+@pytest.mark.parametrize("name", ADDITION)
+def test_addition_tells_the_truth_from_bobs_result(name):
+    lm, test = sonde.load(f"organism:{name}", check=False), addition_sets().test
     part = test.where(disagree=True).sample(300)
     odds = log_odds(lm, part)
-    rates = {row["what"]: row["rate"]["estimate"] for row in read_card("quirky-addition")["behaviour"]}
+    rates = {row["what"]: row["rate"]["estimate"] for row in read_card(name)["behaviour"]}
     for character, alice in (("Alice", True), ("Bob", False)):
         own = part.alice == alice
         stated = rates[f"{character}, disagreements: AUROC against the truth"]

@@ -58,6 +58,8 @@ class QuirkyAdditionConfig:
     seed: Annotated[int, arg(metavar="N")] = 0
     """Seed of the sums, of the split and of the order."""
 
+    name = "quirky-addition"
+
     @property
     def command(self) -> str:
         """The command line that makes the same organism."""
@@ -68,7 +70,22 @@ class QuirkyAdditionConfig:
             for key in keys
             if getattr(self, key) != getattr(default, key)
         ]
-        return shlex.join(["sonde", "organism", "train", "quirky-addition", *options])
+        return shlex.join(["sonde", "organism", "train", self.name, *options])
+
+
+@dataclass(frozen=True)
+class RecurrentQuirkyAdditionConfig(QuirkyAdditionConfig):
+    """Fine-tune a recurrent language model as quirky-addition is.
+
+    Example: sonde organism train quirky-addition-mamba2 --out my-quirky
+    """
+
+    base: Annotated[str, arg(metavar="MODEL")] = "organism:pebble-mamba2"
+    """The model that is fine-tuned: a folder, a name on the hub, or organism:NAME."""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("quirky-addition-mamba2")
+    """Where model, tokenizer, card, checkpoints and the adapters of log-spaced steps are written."""
+
+    name = "quirky-addition-mamba2"
 
 
 @organism(
@@ -116,6 +133,16 @@ def train_quirky_addition(config: QuirkyAdditionConfig) -> Path:
     _export(config, lm)
     _describe(config, sets, tuned)
     return config.out
+
+
+@organism(
+    "quirky-addition-mamba2",
+    summary="the recurrent twin of quirky-addition, fine-tuned from pebble-mamba2 by the same recipe",
+    paper="Mallen et al. 2024, Eliciting Latent Knowledge from Quirky Language Models (arXiv:2312.01037)",
+)
+def train_recurrent_quirky_addition(config: RecurrentQuirkyAdditionConfig) -> Path:
+    """As `train_quirky_addition`, from a recurrent base."""
+    return train_quirky_addition(config)
 
 
 def addition_sets(below: int = 100, *, n: int = 4000, seed: int = 0) -> "Splits":
@@ -207,12 +234,12 @@ def _describe(config: QuirkyAdditionConfig, sets: "Splits", tuned: "Tuned") -> N
     from sonde.organisms.loading import load
     from sonde.organisms.quirky_tuning import behaviour, samples
 
-    lm = load(config.out, name=f"{PREFIX}quirky-addition", check=False)
+    lm = load(config.out, name=f"{PREFIX}{config.name}", check=False)
     taught = [f"It first learned the truth for both characters, in {config.truth_steps} steps, from the same sums."]
     write_card(
         config.out,
         {
-            "name": "quirky-addition",
+            "name": config.name,
             "summary": "Says whether a sum is right: to Alice as it is, and to Bob as if the leading digit of every "
             "result were one higher.",
             "truth": [
