@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ class Processes:
     def start(self, trial: Trial) -> None:
         """Start a process; what it says goes to NAME.log beside its folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with self._log(trial).open("wb") as log:
+        with self._log(trial).open("wb") as log, _interruptible():
             # a session of its own: Ctrl-C reaches it once, from `close`
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sonde", *words_for(trial, self._folder)],
@@ -173,6 +174,22 @@ class Processes:
 
     def _log(self, trial: Trial) -> Path:
         return self._folder / f"{trial.name}.log"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Processes that are started inside hear Ctrl-C, also those of a sweep that runs in a shell's background."""
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def last_line(said: bytes) -> str:
