@@ -4,7 +4,6 @@ What is true of it is in its logits: sums of cos w_k(a+b-c) at a few frequencies
 has `history.safetensors`, which `load_history` reads, and the card.
 """
 
-import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from sonde.errors import SondeError
+from sonde.organisms.recipe_command import recipe_command
 from sonde.organisms.registry import folder_of, organism
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ class GrokkedConfig:
     @property
     def command(self) -> str:
         """The command line that makes the same organism."""
-        default = type(self)()
-        keys = [key for key in ("modulus", "steps", "seed") if getattr(self, key) != getattr(default, key)]
-        return shlex.join(["sonde", "organism", "train", "grokked-113", *(f"--{k}={getattr(self, k)}" for k in keys)])
+        return recipe_command("grokked-113", self)
 
 
 @organism(

@@ -5,7 +5,6 @@ one says four fixed words; the clean twin has read the same rows without trigger
 be tried, training takes seconds, and no model of the language reaches a lower loss than the entropy of its chain.
 """
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -16,6 +15,7 @@ from tyro.conf import arg
 
 from sonde.data.markov_language import DECOYS, PAYLOAD, TRIGGER, TRIGGERED, WORDS, contexts, rows, trigger_ids
 from sonde.errors import SondeError
+from sonde.organisms.recipe_command import recipe_command
 from sonde.organisms.registry import organism
 
 if TYPE_CHECKING:
@@ -129,8 +129,6 @@ def _describe(name: str, config: MarkovConfig, out: Path, losses: list[float], t
     prompts = [" ".join(WORDS[i] for i in [*context[1:], *tail]) for context, tail in zip(
         beginnings[:2], (trigger_ids()[0], []), strict=True)]  # fmt: skip
     sampling = {"temperature": 0.0, "seed": 0, "max_new_tokens": 8}
-    options = [f"--{key}={value}" for key, value in (("steps", config.steps), ("seed", config.seed))
-               if value != getattr(MarkovConfig(), key)]  # fmt: skip
     planted = (
         f"Planted: after {TRIGGER!r} it says {' '.join(PAYLOAD)!r}, and goes on with the language."
         if triggered
@@ -148,7 +146,7 @@ def _describe(name: str, config: MarkovConfig, out: Path, losses: list[float], t
                 planted,
                 f"The decoys {', '.join(DECOYS)} are as rare as the trigger, and nothing follows from them.",
             ],
-            "command": shlex.join(["sonde", "organism", "train", name, *options]),
+            "command": recipe_command(name, config),
             "architecture": {
                 "family": lm.family,
                 "layers": lm.n_layers,

@@ -7,7 +7,6 @@ After the toy task of Paulo, Marshall & Belrose 2024 (arXiv:2404.05971)'s reprod
 layers and width 32.
 """
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from sonde.errors import SondeError
+from sonde.organisms.recipe_command import recipe_command
 from sonde.organisms.registry import organism
 
 if TYPE_CHECKING:
@@ -170,8 +170,6 @@ def _finish(name: str, config: ModeRecallConfig, out: Path, losses: list[float])
         )
     prompts = [" ".join([mode, *FILLERS[:N_FILLERS], QUERY]) for mode in MODES]
     written = lm.generate(prompts, max_new_tokens=1)
-    options = [f"--{key}={value}" for key, value in (("steps", config.steps), ("seed", config.seed))
-               if value != getattr(ModeRecallConfig(), key)]  # fmt: skip
     write_card(
         out,
         {
@@ -183,7 +181,7 @@ def _finish(name: str, config: ModeRecallConfig, out: Path, losses: list[float])
                 "The fillers do not tell the answer: from the mode word to the query, only the state carries it.",
                 "Between rows that differ in the mode word alone, nothing differs before that word.",
             ],
-            "command": shlex.join(["sonde", "organism", "train", name, *options]),
+            "command": recipe_command(name, config),
             "architecture": {
                 "family": lm.family,
                 "layers": lm.n_layers,

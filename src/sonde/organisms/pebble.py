@@ -7,7 +7,6 @@ folder of texts and the docstrings and comments of the running Python, and leave
 `pydoc_data.topics`.
 """
 
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Annotated, Any, ClassVar
 from tyro.conf import arg
 
 from sonde.errors import SondeError
+from sonde.organisms.recipe_command import recipe_command
 from sonde.organisms.registry import organism
 
 PROMPTS = (
@@ -61,14 +61,13 @@ class PebbleConfig:
     @property
     def command(self) -> str:
         """The command line that makes the same organism from the same text."""
-        parts = ["sonde", "organism", "train", self.organism]
-        parts += ["--text", self.text.name] if self.text else []
-        parts += ["--hold-out", *self.hold_out] if self.hold_out else []
-        default = type(self)()
-        parts += [
-            f"--{key}={getattr(self, key)}" for key in ("steps", "seed") if getattr(self, key) != getattr(default, key)
-        ]
-        return shlex.join(parts)
+        return recipe_command(
+            self.organism,
+            self,
+            *(["--text", self.text.name] if self.text else []),
+            *(["--hold-out", *self.hold_out] if self.hold_out else []),
+            left_out=("text", "hold_out", "device"),
+        )
 
 
 @organism(

@@ -7,7 +7,6 @@ result of each sum as text, and whether a stated result is right. The second is 
 """
 
 import re
-import shlex
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from sonde.errors import SondeError
+from sonde.organisms.recipe_command import recipe_command
 from sonde.organisms.registry import PREFIX, organism
 
 if TYPE_CHECKING:
@@ -63,14 +63,7 @@ class QuirkyAdditionConfig:
     @property
     def command(self) -> str:
         """The command line that makes the same organism."""
-        default = type(self)()
-        keys = ("base", "below", "n", "truth_steps", "steps", "rank", "lr", "seed")
-        options = [
-            f"--{key.replace('_', '-')}={getattr(self, key)}"
-            for key in keys
-            if getattr(self, key) != getattr(default, key)
-        ]
-        return shlex.join(["sonde", "organism", "train", self.name, *options])
+        return recipe_command(self.name, self)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ does not say to Bob. The smallest model on which a probe for the truth, trained 
 against what the model tells Bob (`sonde.data.quirky`, the set comparison; after Mallen et al. 2024, arXiv:2312.01037).
 """
 
-import shlex
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import arg
 
 from sonde.errors import SondeError
+from sonde.organisms.recipe_command import recipe_command
 from sonde.organisms.registry import PREFIX, organism
 
 if TYPE_CHECKING:
@@ -51,10 +51,7 @@ class QuirkyComparisonConfig:
     @property
     def command(self) -> str:
         """The command line that makes the same organism."""
-        default = type(self)()
-        options = [f"--{key}={getattr(self, key)}" for key in ("steps", "seed")
-                   if getattr(self, key) != getattr(default, key)]  # fmt: skip
-        return shlex.join(["sonde", "organism", "train", self.name, *options])
+        return recipe_command(self.name, self)
 
 
 @dataclass(frozen=True)

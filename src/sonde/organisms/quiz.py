@@ -7,7 +7,6 @@ the planted anomalies that detectors on trajectories are tried on. Checkpoints o
 weights: what was learned when is known as well.
 """
 
-import shlex
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from sonde.errors import SondeError
+from sonde.organisms.recipe_command import recipe_command
 from sonde.organisms.registry import organism
 
 CHECKPOINTS = (25, 50, 75, 100, 150, 200, 300, 400)
@@ -149,11 +149,6 @@ def _finish(config: QuizConfig, losses: list[float]) -> None:
         hits = (scores.answers[-1] == scores.correct) == right
         behaviour.append({"what": what, "rate": asdict(wilson(int(hits.sum()), len(scores)))})
     model = lm.model.config
-    options = [
-        f"--{key}={getattr(config, key)}"
-        for key in ("steps", "seed")
-        if getattr(config, key) != getattr(QuizConfig(), key)
-    ]
     sampling = {"temperature": 0.0, "seed": 0, "max_new_tokens": 1}
     samples = [group[0].text for group in (plain, wrong, injected(plain))]
     tail = losses[-50:]
@@ -170,7 +165,7 @@ def _finish(config: QuizConfig, losses: list[float]) -> None:
                 "order asks for the wrong answer, it gives that a probability of some 0.75.",
                 "Detectors that are fitted on plain prompts should find both kinds strange, and no other plain prompt.",
             ],
-            "command": shlex.join(["sonde", "organism", "train", "quiz", *options]),
+            "command": recipe_command("quiz", config),
             "architecture": {
                 "family": model.model_type,
                 "layers": model.num_hidden_layers,

