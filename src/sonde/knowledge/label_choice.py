@@ -8,6 +8,7 @@ Temperature 0 takes the top n and shuffles them; above it rows are drawn without
 Gumbel's trick. `best_offers` compares sources: the gain in expected accuracy of a label over its price.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,65 +45,57 @@ class Choice(Protocol):
         ...
 
 
+class _ByWorth(ABC):
+    """Each row has a worth of its own, by which rows are drawn."""
+
+    def choose(
+        self,
+        scores: Float[Tensor, "n K"],
+        count: int,
+        *,
+        features: Float[Tensor, "n d"] | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Int[np.ndarray, " count"]:
+        """See `Choice`."""
+        return draw(self._worth(scores, features, seed), count, temperature=temperature, seed=seed)
+
+    @abstractmethod
+    def _worth(self, scores: Tensor, features: Tensor | None, seed: int) -> Float[Tensor, " n"]: ...
+
+
 @dataclass(frozen=True)
-class Entropy:
+class Entropy(_ByWorth):
     """The entropy of the prediction."""
 
     name: str = "entropy"
 
-    def choose(
-        self,
-        scores: Float[Tensor, "n K"],
-        count: int,
-        *,
-        features: Float[Tensor, "n d"] | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Int[np.ndarray, " count"]:
-        """See `Choice`."""
-        return draw(entropy(scores), count, temperature=temperature, seed=seed)
+    def _worth(self, scores: Tensor, features: Tensor | None, seed: int) -> Float[Tensor, " n"]:
+        return entropy(scores)
 
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(_ByWorth):
     """How close the second most likely class comes to the most likely one."""
 
     name: str = "margin"
 
-    def choose(
-        self,
-        scores: Float[Tensor, "n K"],
-        count: int,
-        *,
-        features: Float[Tensor, "n d"] | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Int[np.ndarray, " count"]:
-        """See `Choice`."""
-        return draw(margin(scores), count, temperature=temperature, seed=seed)
+    def _worth(self, scores: Tensor, features: Tensor | None, seed: int) -> Float[Tensor, " n"]:
+        return margin(scores)
 
 
 @dataclass(frozen=True)
-class Density:
-    """Entropy times how much a row is like other candidates, so that outliers are not asked about."""
+class Density(_ByWorth):
+    """Entropy times how much a row is like other candidates, so that outliers are not asked about. Needs features."""
 
     name: str = "density"
 
-    def choose(
-        self,
-        scores: Float[Tensor, "n K"],
-        count: int,
-        *,
-        features: Float[Tensor, "n d"] | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Int[np.ndarray, " count"]:
-        """See `Choice`. Raises `SondeError` without features."""
+    def _worth(self, scores: Tensor, features: Tensor | None, seed: int) -> Float[Tensor, " n"]:
         x = _required(features, self.name)
         unit = torch.nn.functional.normalize(x, dim=1)
         sample = np.random.default_rng(seed).permutation(len(x))[:_NEIGHBOURS]
         likeness = (1 + unit @ unit[torch.from_numpy(sample)].mean(0)) / 2
-        return draw(entropy(scores) * likeness.double(), count, temperature=temperature, seed=seed)
+        return entropy(scores) * likeness.double()
 
 
 @dataclass(frozen=True)

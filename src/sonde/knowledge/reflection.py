@@ -62,13 +62,23 @@ class Reflected:
     edited: Float[Tensor, " n"]
     random: Float[Tensor, "draws n"]
 
+    @property
+    def changed(self) -> Float[np.ndarray, " n"]:
+        """1 for each prompt whose answer is the other one under the reflection."""
+        return ((self.plain > 0) != (self.edited > 0)).double().numpy()
+
+    @property
+    def changed_at_random(self) -> Float[np.ndarray, " n"]:
+        """For each prompt the share of random directions along which its answer is the other one."""
+        return ((self.plain > 0) != (self.random > 0)).double().mean(0).numpy()
+
     def flipped(self, groups: Int[np.ndarray, " n"] | None = None) -> Interval:
         """Share of the prompts whose answer is the other one under the reflection; resampled by `groups`."""
-        return bootstrap_mean(((self.plain > 0) != (self.edited > 0)).double().numpy(), groups)
+        return bootstrap_mean(self.changed, groups)
 
     def flipped_at_random(self, groups: Int[np.ndarray, " n"] | None = None) -> Interval:
         """The same under reflections along random directions, averaged over them."""
-        return bootstrap_mean(((self.plain > 0) != (self.random > 0)).double().mean(0).numpy(), groups)
+        return bootstrap_mean(self.changed_at_random, groups)
 
     def moved(self, truth: Bool[np.ndarray, " n"], groups: Int[np.ndarray, " n"] | None = None) -> Interval:
         """Mean nats by which the reflection moves the answer away from the truth; negative where towards it."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from sonde.errors import SondeError
 from sonde.knowledge.earliest_layer import earliest_informative_layer
 from sonde.knowledge.probes import PROBES, FittedProbe, fit
+from sonde.knowledge.random_probes import random_probes
 from sonde.knowledge.recovered_gap import ScoredRows, mean_auroc, recovered_gap_interval
 from sonde.knowledge.samples import Sample
 from sonde.knowledge.tables import Cell, IntervalTable, Undefined
@@ -284,22 +285,12 @@ def transfer(
 def random_aurocs(
     train: Sample, test: Sample, *, draws: int = 256, rows: Rows = "all", seed: int = 0
 ) -> Float[np.ndarray, "draws layers"]:
-    """AUROC on `test` of random directions through the last prompt token's state, each with its sign from `train`.
-
-    Directions are uniform on the sphere, the same for all layers. nan where `test` has one class.
-    """
+    """AUROC on `test` of `random_probes`, each with its sign from `train`; nan where the rows have one class."""
     chosen = Target(test.truth, test.bases, test.untrusted).rows(rows)
-    directions = torch.randn(test.states.d, draws, generator=torch.Generator().manual_seed(seed))
-    found = np.full((draws, len(test.states.sites)), np.nan)
-    if len(np.unique(test.truth[chosen])) == 2:
-        for layer, (here, there) in enumerate(
-            zip(train.states.by_layer("last"), test.states.by_layer("last"), strict=True)
-        ):
-            known, scores = (here @ directions).T.numpy(), (there @ directions).T.numpy()[:, chosen]
-            value = auroc(scores, np.broadcast_to(test.truth[chosen], scores.shape))
-            sign = auroc(known, np.broadcast_to(train.truth, known.shape)) >= 0.5
-            found[:, layer] = np.where(sign, value, 1 - value)
-    return found
+    if len(np.unique(test.truth[chosen])) < 2:
+        return np.full((draws, len(test.states.sites)), np.nan)
+    scored = test.states[torch.from_numpy(chosen)]
+    return random_probes(train.states, train.truth, scored, test.truth[chosen], draws=draws, seed=seed).aurocs
 
 
 def shuffled_aurocs(

@@ -122,36 +122,40 @@ def _alarm(quirky: Found, twins: Found, command: str) -> Chapter:
 
 
 def _random(made: Measured, command: str) -> Finding:
-    own, other = _interval(made, LOG_ODDS), _interval(made, RANDOM)
-    return Finding.of(
-        other,
+    return _less(
+        _interval(made, RANDOM),
+        Control.of("the probe's log-odds", _interval(made, LOG_ODDS)),
         id="alarm.random",
-        chapter="alarm",
-        sentence="Random directions in the probe's place set the alarm off less."
-        if other.high < own.low
-        else "Random directions in the probe's place set the alarm off as well: it does not need the truth.",
+        less="Random directions in the probe's place set the alarm off less.",
+        as_well="Random directions in the probe's place set the alarm off as well: it does not need the truth.",
         metric="AUROC of the same alarm on random directions of the residual stream",
-        better="lower",
-        control=Control.of("the probe's log-odds", own),
         command=command,
-        figures=("alarm.tasks",),
     )
 
 
 def _twin(quirky: Measured, twin: Measured, command: str) -> Finding:
-    own, other = _interval(quirky, LOG_ODDS), _interval(twin, LOG_ODDS)
+    return _less(
+        _interval(twin, LOG_ODDS),
+        Control.of("the quirky model", _interval(quirky, LOG_ODDS)),
+        id="alarm.twin",
+        less="A twin without the quirk sets the alarm off less.",
+        as_well="A twin without the quirk sets the alarm off as well.",
+        metric="AUROC of the same alarm in a model that answers Bob as it answers Alice",
+        command=command,
+    )
+
+
+def _less(other: Interval, own: Control, *, less: str, as_well: str, **fields: str) -> Finding:
+    """What should set the alarm off less than `own` does."""
+    assert own.interval is not None
     return Finding.of(
         other,
-        id="alarm.twin",
         chapter="alarm",
-        sentence="A twin without the quirk sets the alarm off less."
-        if other.high < own.low
-        else "A twin without the quirk sets the alarm off as well.",
-        metric="AUROC of the same alarm in a model that answers Bob as it answers Alice",
+        sentence=less if other.high < own.interval[0] else as_well,
         better="lower",
-        control=Control.of("the quirky model", own),
-        command=command,
+        control=own,
         figures=("alarm.tasks",),
+        **fields,
     )
 
 

@@ -19,9 +19,8 @@ def cause(w: Written) -> Chapter:
         flips, controls, bases = [], [], []
         for number_, one in enumerate(w.found):
             chosen = one.alice[one.reflected_rows] == alice
-            r = one.reflected
-            flips.append(((r.plain > 0) != (r.edited > 0)).double().numpy()[chosen])
-            controls.append(((r.plain > 0) != (r.random > 0)).double().mean(0).numpy()[chosen])
+            flips.append(one.reflected.changed[chosen])
+            controls.append(one.reflected.changed_at_random[chosen])
             bases.append(one.bases[one.reflected_rows][chosen] + number_ * 10**9)
         flipped = bootstrap_mean(np.concatenate(flips), np.concatenate(bases))
         control = bootstrap_mean(np.concatenate(controls), np.concatenate(bases))
