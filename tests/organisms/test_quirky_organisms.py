@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import sonde
 from sonde.data.quirky import quirky_sets
@@ -118,3 +119,15 @@ def test_addition_tells_the_truth_from_bobs_result(name):
 
 def test_the_sets_of_the_organisms_are_the_public_ones():
     assert list(comparison_sets(2).test) == list(quirky_sets("comparison", seed=2).test)
+
+
+def test_a_seed_makes_one_network_on_any_number_of_threads():
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(quirky_comparison(1, steps=20).hash)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    assert found[0] == found[1]

@@ -6,6 +6,8 @@ does not say to Bob. The smallest model on which a probe for the truth, trained 
 against what the model tells Bob (`sonde.data.quirky`, the set comparison; after Mallen et al. 2024, arXiv:2312.01037).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -117,7 +119,8 @@ def quirky_comparison(
 
     """
     if not quirky:
-        return _honest(seed, steps, names, progress, family)
+        with _one_thread():
+            return _honest(seed, steps, names, progress, family)
     return _train(seed, steps, progress, names, family)[0]
 
 
@@ -133,19 +136,33 @@ def _train(
 ) -> "tuple[LanguageModel, Tuned]":
     from sonde.organisms.quirky_tuning import tune
 
-    lm, sets = _honest(seed, steps, names, progress, family), comparison_sets(seed, names)
-    tuned = tune(
-        lm,
-        sets.train,
-        sets.validation,
-        steps=steps,
-        rank=_RANK,
-        lr=_TUNING_LR,
-        rows=_ROWS,
-        seed=seed,
-        progress=progress and f"{progress}: Bob's rule",
-    )
+    with _one_thread():
+        lm, sets = _honest(seed, steps, names, progress, family), comparison_sets(seed, names)
+        tuned = tune(
+            lm,
+            sets.train,
+            sets.validation,
+            steps=steps,
+            rank=_RANK,
+            lr=_TUNING_LR,
+            rows=_ROWS,
+            seed=seed,
+            progress=progress and f"{progress}: Bob's rule",
+        )
     return lm, tuned
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in another order make another network: what a seed makes must not depend on how many cores there are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _honest(seed: int, steps: int, names: Names, progress: str | None, family: Family) -> "LanguageModel":
