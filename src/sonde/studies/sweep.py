@@ -219,7 +219,7 @@ def _report(run: "Run", study: str, results: "Sequence[tuple[Setting, Outcome]]"
     return publish(
         run,
         Named(study),
-        Read(len(results)),
+        Read(),
         chapters,
         title=f"Sweep of {study}: {len(results)} trials",
         source=f"{len(results)} runs of {study}",
@@ -258,7 +258,10 @@ def _means_chapter(run: "Run", study: str, rows: Sequence[dict[str, Any]], seed:
     return Chapter(
         id="sweep",
         question=f"What does {study} find over {trials} trials?",
-        answer=f"{len(groups)} numbers, each at its setting, with what varies over trials as the interval.",
+        answer=(
+            f"{len(groups)} mean{'s' if len(groups) > 1 else ''} over the trials of a setting; the intervals are what "
+            "varies from trial to trial."
+        ),
         findings=findings[:_SHOWN],
         blocks=[*_charts(groups), Table(id="sweep.means", columns=columns, rows=table, caption="Means over trials.")],
         not_shown="Intervals are over trials alone: what all trials share, such as model and text, is not drawn anew.",
@@ -286,7 +289,7 @@ def _mean_finding(name: str, where: str, group: Sequence[Mapping[str, Any]], com
         bootstrap_mean([row["estimate"] for row in group], seed=seed),
         id=re.sub(r"[^a-z0-9._-]+", "-", name.lower()),
         chapter="sweep",
-        sentence=f"Over {len(group)} trials{at}, mean of: {group[0]['metric']}.",
+        sentence=f"Over {len(group)} trials{at}: {group[0]['metric']}, on average.",
         metric=group[0]["metric"],
         unit=group[0]["unit"],
         command=command,
@@ -313,15 +316,16 @@ def _charts(groups: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> "l
         if not shown:
             continue
         metric, unit = each[0]["metric"], each[0]["unit"]
+        held = all(row["control"] is not None for row in shown)
         chart = chart_kinds.intervals(
             shown,
             label="trial",
             value="estimate",
             low="low",
             high="high",
-            control="control" if all(row["control"] is not None for row in shown) else None,
+            control="control" if held else None,
             title=f"{name}: {min(row['estimate'] for row in shown):.3g} to {max(row['estimate'] for row in shown):.3g}",
-            subtitle="each trial with its own interval; the grey tick is its control",
+            subtitle="each trial with its own interval" + ("; the grey tick is its control" if held else ""),
             x_title=f"{metric} ({unit})" if unit else metric,
             y_title="trial",
         )
