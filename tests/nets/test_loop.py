@@ -1,12 +1,13 @@
 """The training loop: schedule, checkpoints, exact resume."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 
 from sonde.errors import SondeError
-from sonde.nets.loop import Schedule, train
+from sonde.nets.loop import Schedule, Watch, log_steps, train
 
 STEPS = 30
 
@@ -77,3 +78,62 @@ def test_the_schedule_rises_stays_and_falls_to_zero():
     assert factors[10:50] == [1.0] * 40
     assert all(a > b for a, b in pairwise(factors[51:]))
     assert factors[-1] == pytest.approx(0.02)
+
+
+def watched(tmp_path, *, stop_at=None, stop=None):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 1)
+    x = torch.randn(8, 3)
+
+    def loss_of_step(step):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        return module(x).square().mean()
+
+    watch = Watch((0, 1, 4, 9, 20), lambda done: {"done": done, "w": module.weight.detach().clone()}, stop=stop)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    path = None if tmp_path is None else tmp_path / "watched.safetensors"
+    return train(module, loss_of_step, [optimizer], steps=20, checkpoint=path, every=5, watch=watch), watch
+
+
+def test_a_watch_sees_the_chosen_steps_the_first_and_the_last_among_them():
+    losses, watch = watched(None)
+    assert list(watch.seen) == [0, 1, 4, 9, 20]
+    assert [tree["done"] for tree in watch.seen.values()] == [0, 1, 4, 9, 20]
+    assert len(losses) == 20
+    assert not torch.equal(watch.seen[0]["w"], watch.seen[1]["w"])
+
+
+def test_a_resumed_training_remembers_what_was_seen(tmp_path):
+    _, whole = watched(None)
+    with pytest.raises(KeyboardInterrupt):
+        watched(tmp_path, stop_at=12)
+    _, resumed = watched(tmp_path)
+    assert list(resumed.seen) == list(whole.seen)
+    assert all(torch.equal(resumed.seen[step]["w"], whole.seen[step]["w"]) for step in whole.seen)
+
+
+def test_a_watch_ends_training_early_and_for_good(tmp_path):
+    losses, _ = watched(tmp_path, stop=lambda tree: tree["done"] >= 4)
+    assert len(losses) == 4
+    again, watch = watched(tmp_path, stop=lambda tree: tree["done"] >= 4, stop_at=4)
+    assert again == losses
+    assert list(watch.seen) == [0, 1, 4]
+
+
+@pytest.mark.parametrize(("steps", "per_octave", "expected"), [(1, 1, (0, 1)), (10, 1, (0, 1, 2, 4, 8, 10))])
+def test_log_steps_double_and_end_at_the_last(steps, per_octave, expected):
+    assert log_steps(steps, per_octave=per_octave) == expected
+
+
+def test_more_looks_an_octave_lie_between():
+    marks = log_steps(64, per_octave=3)
+    assert set(log_steps(64)) < set(marks)
+    assert list(marks) == sorted(set(marks))
+
+
+def test_a_cosine_falls_from_one_to_zero():
+    schedule = Schedule(warmup=0, decay=1.0, shape="cosine")
+    assert schedule.factor(0, 100) == 1
+    assert schedule.factor(50, 100) == pytest.approx(0.5)
+    assert schedule.factor(99, 100) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
