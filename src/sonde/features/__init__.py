@@ -1,0 +1,1 @@
+"""Features: sparse dictionaries of activations, trained, measured, explained and scored."""
