@@ -18,7 +18,7 @@ from sonde.concepts.judges import (
     probability,
 )
 from sonde.errors import MissingExtra, SondeError
-from sonde.lm.provider import provider
+from sonde.lm.asking.replies import replies
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_an_outside_model_is_asked_through_the_provider(monkeypatch):
     stub.GenerateConfig = dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "inspect_ai", types.ModuleType("inspect_ai"))
     monkeypatch.setitem(sys.modules, "inspect_ai.model", stub)
-    ask = provider("some/model", max_tokens=3)
+    ask = replies("some/model", max_tokens=3)
     assert ask(["a", "b"]) == ["a:3", "b:3"]
     with pytest.raises(SondeError, match="some/model could not be asked: no key"):
         ask(["fail"])

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sonde.errors import SondeError
+from sonde.lm.asking.replies import Ask, replies
 from sonde.lm.model import LanguageModel
-from sonde.lm.provider import Ask, provider
 
 EPSILON = 1e-8
 # Openers of refusals in chat models (Zou et al. 2023; Arditi et al. 2024), lower case.
@@ -101,8 +101,8 @@ class QuestionJudge:
 
     Args:
         model: a local `LanguageModel`, whose answer is the likelier of " yes" and " no"; the name of an outside model
-            (see `sonde.lm.provider`); or a function from prompts to replies. Outside answers that begin with neither
-            word are None.
+            (see `sonde.lm.asking.replies`); or a function from prompts to replies. Outside answers that begin with
+            neither word are None.
         question: what is asked.
         examples: (prompt, reply, answer) before it.
 
@@ -116,7 +116,7 @@ class QuestionJudge:
     ) -> None:
         if not question.strip():
             raise SondeError("a judge needs a question")
-        self._model = provider(model, max_tokens=4) if isinstance(model, str) else model
+        self._model = replies(model, max_tokens=4) if isinstance(model, str) else model
         self._head = "".join(
             _case(question, prompt, reply) + _word(answer) + "\n\n" for prompt, reply, answer in examples
         )
@@ -137,13 +137,14 @@ class QuestionJudge:
 class RubricJudge:
     """An outside language model that rates each reply from 0 to 10; the score is the rating over 10.
 
-    `model` is a name (see `sonde.lm.provider`) or a function from prompts to replies; `rubric` says what 0 and 10 mean.
+    `model` is a name (see `sonde.lm.asking.replies`) or a function from prompts to replies; `rubric` says what 0 and 10
+    mean.
     """
 
     def __init__(self, model: str | Ask, rubric: str) -> None:
         if not rubric.strip():
             raise SondeError("a rubric says what 0 and 10 mean: it is empty")
-        self._model = provider(model, max_tokens=4) if isinstance(model, str) else model
+        self._model = replies(model, max_tokens=4) if isinstance(model, str) else model
         self._rubric = rubric
 
     def __call__(self, prompts: Sequence[str], replies: Sequence[str]) -> list[float | None]:

@@ -4,7 +4,7 @@ Our own loop instead of the models' `generate`, because it goes through `Languag
 which token, and every family continues in the way that was measured to be right for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from sonde.errors import SondeError
 from sonde.lm.continuation import continuation
 
 if TYPE_CHECKING:
-    from sonde.lm.model import LanguageModel
+    from sonde.lm.model import LanguageModel, Past
 
 
 @torch.no_grad()
@@ -43,28 +43,44 @@ def generate(
         # These families look at pads: prompts of one length go together, no row is padded.
         for length in sorted({len(row) for row in rows}):
             same = [i for i, row in enumerate(rows) if len(row) == length]
-            for i, ids in zip(same, _batch(lm, [rows[i] for i in same], *options), strict=True):
+            for i, ids in zip(same, continue_rows(lm, [rows[i] for i in same], *options), strict=True):
                 new[i] = ids
     else:
-        new = _batch(lm, rows, *options)
+        new = continue_rows(lm, rows, *options)
     return [lm.decode(ids) if isinstance(prompt, str) else ids for prompt, ids in zip(prompts, new, strict=True)]
 
 
-def _batch(
-    lm: "LanguageModel", rows: list[list[int]], max_new_tokens: int, temperature: float, seed: int
+@torch.no_grad()
+def continue_rows(
+    lm: "LanguageModel",
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    *,
+    past: "Past | None" = None,
+    watch: "Callable[[Float[Tensor, 'batch vocab'], Int[Tensor, ' batch']], None] | None" = None,
 ) -> list[list[int]]:
+    """New ids of rows that may share a batch, after `past` where there is one, which is used up.
+
+    `watch` sees, for every step, the logits and the tokens drawn from them, also in rows that have ended.
+    """
     generator = torch.Generator(device=lm.device).manual_seed(seed)
     tokens, mask = left_padded(rows, lm.device)
     ends = _end_ids(lm)
     open_rows = torch.ones(len(rows), dtype=torch.bool, device=lm.device)
     drawn: list[Tensor] = []
-    past = None
-    limit = max_new_tokens if lm.max_positions is None else min(max_new_tokens, lm.max_positions - tokens.shape[1])
+    before = 0 if past is None else past.mask.shape[1]
+    limit = max_new_tokens
+    if lm.max_positions is not None:
+        limit = min(limit, lm.max_positions - before - tokens.shape[1])
     for _ in range(limit):
         out = lm(tokens, mask, past=past, use_cache=True)
         assert out.logits is not None
         past = out.past
         tokens = _draw(out.logits[:, -1], temperature, generator)[:, None]
+        if watch is not None:
+            watch(out.logits[:, -1], tokens[:, 0])
         mask = torch.ones_like(tokens, dtype=torch.bool)
         drawn.append(tokens[:, 0])
         open_rows = open_rows & ~torch.isin(tokens[:, 0], ends)
