@@ -81,7 +81,7 @@ class LatentCache:
         self.hookpoints: tuple[str, ...] = tuple(self.config["hookpoints"])
         path = self.folder / escaped(self.hookpoints[0]) / _TOKENS
         shape = (self.config["sequences"], self.config["context"])
-        self.tokens: Int[np.ndarray, "sequences context"] = mapped(path, shape)
+        self.tokens: Int[np.ndarray, "sequences context"] = np.asarray(mapped(path, shape))
         self._open: dict[Path, Any] = {}
         self._files = {name: sorted_files(self.folder / escaped(name)) for name in self.hookpoints}
 
@@ -338,6 +338,9 @@ def _encode_all(
     begin = shards.begin()
     special = [getattr(lm.tokenizer, name) for name in ("bos_token_id", "eos_token_id")]
     dropped = torch.tensor([i for i in special if i is not None], dtype=torch.long)
+    learning = [encoder for encoder in dictionaries.values() if isinstance(encoder, nn.Module) and encoder.training]
+    for encoder in learning:  # in training some kinds choose among all rows of a batch
+        encoder.eval()
     with tqdm(total=count, initial=begin, desc=progress, unit="sequence", disable=progress is None) as bar:
         for number, first in enumerate(range(begin, count, each), 1):
             rows = torch.from_numpy(np.array(tokens[first : first + each], dtype=np.int64))
@@ -352,6 +355,8 @@ def _encode_all(
             if number % _COMMIT == 0 or last:
                 shards.commit(min(first + each, count))
             bar.update(len(rows))
+    for encoder in learning:
+        encoder.train()
 
 
 def _triples(hookpoint: str, encoder: Encoder, x: Tensor, kept: Tensor, first: int) -> np.ndarray:
