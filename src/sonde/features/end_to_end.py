@@ -8,7 +8,6 @@ arXiv:2405.12241). Tokens that dictionaries do not learn from (pads, opening and
 
 from typing import Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
