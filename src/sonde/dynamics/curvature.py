@@ -1,7 +1,7 @@
-"""Products of the Hessian of a step's loss with many directions at once, for any module: a vectorised jvp of a gradient.
+"""Products of the Hessian of a step's loss with many directions at once, for any module: vmap(jvp(grad)).
 
 A curve knows the layout in which it wants its columns: here the plain one, [columns, N]. `sonde.dynamics.fused_mlp` has
-another for perceptrons, three to five times as fast.
+another for perceptrons, several times as fast.
 """
 
 from typing import Protocol

@@ -1,7 +1,7 @@
-"""Hessian products of a perceptron under cross entropy, in the layout that makes every product one large matrix product.
+"""Hessian products of a perceptron under cross entropy, in the layout that makes each one large matrix product.
 
-A column Θ is kept as [unit, column, input + 1], the bias as the last input. With h̃ = (h, 1), z = W h̃ and δ = ∂L/∂z of the
-step (cached once for all columns), layer by layer and then back (R-operator, Pearlmutter 1994):
+A column Θ is kept as [unit, column, input + 1], the bias as the last input. With h̃ = (h, 1), z = W h̃ and δ = ∂L/∂z of
+the step (cached once for all columns), layer by layer and then back (R-operator, Pearlmutter 1994):
 
     ż = Θ h̃ + W ḣ          ḣ = φ'(z) ż          δ̇_out = (p ⊙ (ż - Σ p ż)) / batch
     ė = Θᵀ δ + Wᵀ δ̇        δ̇ = φ'(z) ė + φ''(z) e ż          HΘ = δ̇ h̃ᵀ + δ ḣᵀ
@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sonde.dynamics.trajectory import Trajectory
 from sonde.dynamics.training_map import TrainingMap
+from sonde.dynamics.trajectory import Trajectory
 from sonde.dynamics.update_rules import Parts
 from sonde.nets.mlp import MLP, activate
 

@@ -101,11 +101,10 @@ def record(
             return map.loss(functional_call(module, named, (x,)), y)
 
     def look(done: int) -> list[Tensor]:
-        states = [optimizer.state.get(p, {}).get("moments") for p in named.values()]
-        moments = [
-            torch.cat([torch.zeros_like(p).flatten() if s is None else s[i].flatten() for p, s in zip(named.values(), states, strict=True)])
-            for i in range(map.rule.n_moments)
-        ]  # fmt: skip
+        states = [
+            optimizer.state[p].get("moments") or [torch.zeros_like(p)] * map.rule.n_moments for p in named.values()
+        ]
+        moments = [torch.cat([moment.flatten() for moment in kind]) for kind in zip(*states, strict=True)]
         return [torch.cat([p.detach().flatten() for p in named.values()]), *moments]
 
     watch = Watch({*range(0, map.steps, stride), map.steps}, look)
