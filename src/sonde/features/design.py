@@ -40,6 +40,8 @@ class Design:
         ste_to_input: "jumprelu": the straight-through gradient of the penalty also reaches pre, negated.
         ranked_by_norm: choose by pre times the norm of the latent's decoder row; for decoders of free norms.
         layer_norm: every row is standardised on the way in, and the output is scaled back.
+        streams: widths of the P streams of a crosscoder, which lie side by side in the input; the norm of a latent is
+            then the sum of the norms of its P parts.
 
     Raises:
         ValueError: for a field that does not fit; the message names it.
@@ -62,6 +64,7 @@ class Design:
     ste_to_input: bool = False
     ranked_by_norm: bool = False
     layer_norm: bool = False
+    streams: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -74,6 +77,8 @@ class Design:
         self._check_widths()
         self._check_k()
         self._check_prefixes()
+        if self.streams and (min(self.streams) < 1 or sum(self.streams) != self.outputs):
+            raise ValueError(f"streams are {self.streams}: they must be widths that sum to outputs = {self.outputs}")
         if not self.bandwidth > 0:
             raise ValueError(f"bandwidth is {self.bandwidth}: it must be above 0")
         if self.threshold < 0:
@@ -145,5 +150,5 @@ class Design:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(tree) - known):
             raise ValueError(f"a design has no field {', '.join(unknown)}: it has {', '.join(sorted(known))}")
-        lists = {name: tuple(tree[name]) for name in ("prefixes", "prefix_weights") if name in tree}
+        lists = {name: tuple(tree[name]) for name in ("prefixes", "prefix_weights", "streams") if name in tree}
         return cls(**{**tree, **lists})

@@ -291,9 +291,14 @@ class Dictionary(nn.Module):
         """Rows less the centre."""
         return rows if self.centre is None else rows - self.centre
 
+    def decoder_norms(self) -> Float[Tensor, " latents"]:
+        """Norms of decoder rows, with gradients; of a crosscoder, sums over streams of the norms of their parts."""
+        parts = self.w_dec.split(self.design.streams, 1) if self.design.streams else (self.w_dec,)
+        return sum((part.norm(dim=1) for part in parts[1:]), parts[0].norm(dim=1))
+
     def worth(self) -> Float[Tensor, " latents"] | None:
         """What ranks are multiplied by: the norms of decoder rows, or nothing."""
-        return self.w_dec.detach().norm(dim=1) if self.design.ranked_by_norm else None
+        return self.decoder_norms().detach() if self.design.ranked_by_norm else None
 
     @torch.no_grad()
     def kept(self, rows: Float[Tensor, "n inputs"], *, k: int | None = None) -> selection.Kept:
@@ -314,9 +319,9 @@ class Dictionary(nn.Module):
             case _:  # relu, and the gate of gated
                 return selection.above(x, self.w_enc, self.b_enc, 0.0)
 
-    def active(self, rows: Float[Tensor, "n inputs"]) -> Active:
+    def active(self, rows: Float[Tensor, "n inputs"], *, k: int | None = None) -> Active:
         """Active latents of rows (in the type of the weights, from `rows`), with gradients of the values."""
-        pattern, pre = self.kept(rows)
+        pattern, pre = self.kept(rows, k=k)
         values = read(rows, self.w_enc, self.b_enc, pattern, pre, centre=self.centre)
         if self.r_mag is not None and self.b_mag is not None:
             latents = pattern.latents

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sonde.errors import SondeError
 from sonde.features.dictionary import Dictionary
@@ -51,7 +51,7 @@ def folded_norms(dictionary: Dictionary) -> Dictionary:
         return folded_norms(as_jumprelu(dictionary))
     if design.kind in ("topk", "groupmax") and not design.ranked_by_norm:
         raise SondeError(f"norms cannot be folded into {dictionary!r}: other sizes of latents change which are kept")
-    norms = decoder_norms(dictionary.w_dec)
+    norms = _norms(dictionary)
     folded = copy.deepcopy(dictionary)
     folded.design = replace(design, ranked_by_norm=False)
     folded.w_enc *= norms[:, None]
@@ -82,7 +82,7 @@ def as_jumprelu(dictionary: Dictionary) -> Dictionary:
     for name, parameter in dictionary.named_parameters():
         made.get_parameter(name).copy_(parameter)
     made.get_parameter("threshold").copy_(
-        dictionary.threshold / decoder_norms(dictionary.w_dec) if design.ranked_by_norm else dictionary.threshold
+        dictionary.threshold / _norms(dictionary) if design.ranked_by_norm else dictionary.threshold
     )
     for name in ("site", "target", "model", "model_hash", "tokenizer_hash"):
         setattr(made, name, getattr(dictionary, name))
@@ -90,7 +90,7 @@ def as_jumprelu(dictionary: Dictionary) -> Dictionary:
     return made
 
 
-def decoder_norms(w_dec: Float[Tensor, "latents d"] | nn.Parameter) -> Float[Tensor, " latents"]:
-    """Norms of the rows; 1 for rows of zeros."""
-    norms = w_dec.detach().norm(dim=1)
+def _norms(dictionary: Dictionary) -> Float[Tensor, " latents"]:
+    """Norms of decoder rows; 1 for rows of zeros."""
+    norms = dictionary.decoder_norms().detach()
     return torch.where(norms > 0, norms, 1)

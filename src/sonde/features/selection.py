@@ -15,7 +15,7 @@ from torch import Tensor
 from sonde.features.sparse_ops import Pattern
 
 _CHUNK = 1 << 22  # entries of a chunk: 16 MB in float32
-_GROUP = 16
+_GROUP = 8
 
 
 class Kept(NamedTuple):
