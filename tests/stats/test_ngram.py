@@ -8,27 +8,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sonde.errors import SondeError
 from sonde.files import load_bundle, save_bundle
 from sonde.stats.ngram import NgramModel
 
 V = 5
 texts = st.lists(st.lists(st.integers(0, V - 1), max_size=12), min_size=1, max_size=6).filter(any)
 quick = settings(max_examples=40, deadline=None)
+KINDS = ("kneser-ney", "absolute")
 
 
 @quick
-@given(texts, st.integers(1, 4), st.lists(st.integers(0, V - 1), max_size=5))
-def test_every_conditional_distribution_sums_to_one_and_excludes_nothing(text, order, context):
-    model = NgramModel.fit(text, vocab_size=V + 2, order=order)
+@given(texts, st.integers(1, 4), st.lists(st.integers(0, V - 1), max_size=5), st.sampled_from(KINDS))
+def test_every_conditional_distribution_sums_to_one_and_excludes_nothing(text, order, context, smoothing):
+    model = NgramModel.fit(text, vocab_size=V + 2, order=order, smoothing=smoothing)
     p = model.distribution(context)
     assert p.sum() == pytest.approx(1, abs=1e-12)
     assert (p > 0).all()
 
 
 @quick
-@given(texts, texts, st.integers(1, 4))
-def test_log_prob_is_the_log_of_the_distribution(text, other, order):
-    model = NgramModel.fit(text, vocab_size=V, order=order)
+@given(texts, texts, st.integers(1, 4), st.sampled_from(KINDS))
+def test_log_prob_is_the_log_of_the_distribution(text, other, order, smoothing):
+    model = NgramModel.fit(text, vocab_size=V, order=order, smoothing=smoothing)
     expected = [
         math.log(model.distribution(d[max(0, i - order + 1) : i] if i >= order - 1 else d[:i])[d[i]])
         for d in other
@@ -87,6 +89,89 @@ def test_equals_kneser_ney_written_with_dictionaries():
             np.testing.assert_allclose(model.distribution(context), expected, rtol=1e-12)
 
 
+def naive_absolute(text, order, context, w):
+    """Interpolated absolute discounting of one order and all below it, with dictionaries."""
+    if order == 0:
+        return 1 / V
+    grams = Counter(tuple(d[i : i + order]) for d in text for i in range(len(d) - order + 1))
+    once, twice = (sum(n == m for n in grams.values()) for m in (1, 2))
+    delta = once / (once + 2 * twice) if once and twice else 0.5
+    context = tuple(context)[len(context) - order + 1 :]
+    follows = {gram[-1]: n for gram, n in grams.items() if gram[:-1] == context}
+    shorter = naive_absolute(text, order - 1, context[1:], w)
+    if not follows:
+        return shorter
+    total = sum(follows.values())
+    return max(follows.get(w, 0) - delta, 0) / total + delta * len(follows) / total * shorter
+
+
+@quick
+@given(texts, st.lists(st.integers(0, V - 1), min_size=2, max_size=2))
+def test_equals_absolute_discounting_written_with_dictionaries(text, context):
+    model = NgramModel.fit(text, vocab_size=V, order=3, smoothing="absolute")
+    order = min(model.order, len(context) + 1)
+    expected = [naive_absolute(text, order, context, w) for w in range(V)]
+    np.testing.assert_allclose(model.distribution(context), expected, rtol=1e-12)
+
+
+@quick
+@given(texts)
+def test_without_smoothing_it_is_the_share_of_occurrences(text):
+    model = NgramModel.fit(text, vocab_size=V, order=2, smoothing="none")
+    pairs = Counter(pair for d in text for pair in itertools.pairwise(d))
+    for context in range(V) if model.order == 2 else ():
+        total = sum(n for pair, n in pairs.items() if pair[0] == context)
+        if total:
+            expected = [pairs[context, w] / total for w in range(V)]
+            np.testing.assert_allclose(model.distribution([context]), expected, rtol=1e-12)
+        else:
+            with pytest.raises(SondeError, match=rf"no continuation for context \[{context}\]"):
+                model.distribution([context])
+            assert not model.rows([[context]], unseen="empty").seen.item()
+
+
+def test_an_unsmoothed_model_names_the_context_that_it_never_saw():
+    model = NgramModel.fit([0, 1, 2, 0, 1], vocab_size=V, order=3, smoothing="none")
+    np.testing.assert_allclose(model.log_prob([0, 1, 2]), np.log([2 / 5, 1, 1]), atol=1e-15)
+    assert model.log_prob([0, 2])[1] == -np.inf
+    with pytest.raises(SondeError, match=r"no continuation for context \[1, 1\] \(position 3\)"):
+        model.log_prob([[0, 1, 1, 2]])
+
+
+@pytest.mark.parametrize("smoothing", KINDS)
+def test_where_nothing_repeats_rows_still_sum_to_one_and_the_model_says_what_it_took(smoothing):
+    model = NgramModel.fit(np.arange(50), vocab_size=60, order=3, smoothing=smoothing)
+    rows = model.rows(np.stack([np.arange(58), np.arange(58) + 1], 1))
+    np.testing.assert_allclose(rows.dense().sum(1), 1, atol=1e-9)
+    assert all(f"order {k}" in note and "0.5" in note for k, note in zip((1, 2, 3), model.notes, strict=True))
+
+
+@quick
+@given(st.lists(st.lists(st.integers(0, V - 1), min_size=9, max_size=9), min_size=1, max_size=3), st.integers(1, 4))
+def test_what_is_predicted_at_t_looks_at_the_tokens_up_to_t(text, order):
+    model = NgramModel.fit(text, vocab_size=V, order=4)
+    dense = model.predictions(np.array(text), order=order, first=3).dense().reshape(len(text), 6, V)
+    for row, ids in zip(dense, text, strict=True):
+        for p, t in zip(row, range(3, 9), strict=True):
+            context = ids[t - order + 2 : t + 1]
+            assert len(context) == order - 1
+            np.testing.assert_allclose(p, model.distribution(context, order=order), rtol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [*KINDS, "none"])
+def test_samples_have_the_frequencies_of_the_model_and_come_again_with_the_seed(smoothing):
+    text = np.random.default_rng(4).integers(0, 4, size=(40, 60)) ** 2 % 5
+    model = NgramModel.fit(text, vocab_size=V, order=3, smoothing=smoothing)
+    drawn = model.sample(4000, 5, seed=1)
+    np.testing.assert_array_equal(drawn, model.sample(4000, 5, seed=1))
+    assert (drawn != model.sample(4000, 5, seed=2)).any()
+    for context in itertools.product((0, 1, 4), repeat=2):
+        after = drawn[(drawn[:, 2:4] == context).all(1), 4]
+        expected = model.distribution(context)
+        share = np.bincount(after, minlength=V) / len(after)
+        np.testing.assert_allclose(share, expected, atol=5 * np.sqrt(0.25 / len(after)))
+
+
 def test_recovers_the_entropy_rate_of_a_markov_source():
     rng = np.random.default_rng(0)
     transition = rng.dirichlet(np.full(20, 0.3), size=20)
@@ -136,10 +221,14 @@ def test_state_comes_back_with_the_same_numbers(tmp_path):
     [
         (lambda: NgramModel.fit([], vocab_size=5), "no tokens"),
         (lambda: NgramModel.fit([[], []], vocab_size=5), "no tokens"),
-        (lambda: NgramModel.fit([1, 5], vocab_size=5), "1 to 5 in a vocabulary of 5"),
+        (lambda: NgramModel.fit([1, 5], vocab_size=5), "token id 5 at position 1: expected 0 to 4"),
+        (lambda: NgramModel.fit([[1], [70000, 1, 2]], vocab_size=5), "token id 70000 at position 1"),
         (lambda: NgramModel.fit([1, 2], vocab_size=5, order=0), "order is 0"),
         (lambda: NgramModel.fit([0.5, 1.0], vocab_size=5), "integer ids"),
-        (lambda: NgramModel.fit([1, 2], vocab_size=5).log_prob([-1]), "-1 to -1"),
+        (lambda: NgramModel.fit([1, 2], vocab_size=5).log_prob([-1]), "token id -1 at position 0"),
+        (lambda: NgramModel.fit([1, 2], vocab_size=5).rows([[1, 7]]), r"token id 7 at position \(0, 1\)"),
+        (lambda: NgramModel.fit([1, 2], vocab_size=5, smoothing="magic"), "'magic' is none of kneser-ney"),
+        (lambda: NgramModel.fit([1, 2, 3], vocab_size=5).predictions([[1, 2]], first=0), "first is 0"),
         (lambda: NgramModel.fit([1, 2, 3], vocab_size=5, order=2).log_prob([1], order=3), "orders 1 to 2"),
     ],
 )
