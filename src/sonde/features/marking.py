@@ -1,0 +1,52 @@
+"""How a window of text is shown to a reader: on one line, the tokens that matter between << and >>.
+
+Adjacent marked tokens share one pair. Text that holds << or >> itself, or a mark's half where it would touch one, is
+written with a backslash before every angle bracket and backslash of the window, so that a mark is never ambiguous.
+"""
+
+import re
+from collections.abc import Sequence
+
+OPEN, CLOSE = "<<", ">>"
+_SPECIAL = re.compile(r"([<>\\])")
+_MARKED = re.compile(r"(?<!\\)<<(.*?)(?<!\\)>>")
+_LINE_BREAK = "↵"
+
+
+def plain(tokens: Sequence[str]) -> str:
+    """The text of a window on one line."""
+    return "".join(tokens).replace("\n", _LINE_BREAK).replace("\r", "").strip()
+
+
+def marked(tokens: Sequence[str], marks: Sequence[bool]) -> str:
+    """The text of a window on one line, with its marked tokens between << and >>."""
+    shown = [token.replace("\n", _LINE_BREAK).replace("\r", "") for token in tokens]
+    if _ambiguous(shown, marks):
+        shown = [_SPECIAL.sub(r"\\\1", token) for token in shown]
+    pieces, inside = [], False
+    for token, mark in zip(shown, marks, strict=True):
+        if mark != inside:
+            pieces.append(OPEN if mark else CLOSE)
+            inside = mark
+        pieces.append(token)
+    return ("".join(pieces) + CLOSE * inside).strip()
+
+
+def spans(text: str) -> list[str]:
+    """What stands between marks in a text that `marked` made, with its escapes undone."""
+    return [unescaped(found) for found in _MARKED.findall(text)]
+
+
+def unescaped(text: str) -> str:
+    """A text without the backslashes that `marked` put before brackets and backslashes."""
+    return re.sub(r"\\([<>\\])", r"\1", text)
+
+
+def _ambiguous(tokens: Sequence[str], marks: Sequence[bool]) -> bool:
+    text = "".join(tokens)
+    if OPEN in text or CLOSE in text:
+        return True
+    for before, after, a, b in zip(["", *tokens], [*tokens, ""], [False, *marks], [*marks, False], strict=True):
+        if a != b and ((before and before[-1] in "<>\\") or (after and after[0] in "<>")):
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Tests of explanations that a language model answers; those that need none are in `local_scores`."""

@@ -1,0 +1,65 @@
+"""Generation: do texts that somebody writes from the explanation make the latent fire?
+
+The scorer writes a number of texts; the score is the share in which the latent fires at some token. Chance is how often
+a window of the corpus makes it fire.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sonde.features import questions
+from sonde.features.cases import Subject
+from sonde.features.scorers.measures import Measure, share
+from sonde.features.scorers.scorer import Scored
+from sonde.lm.asking.client import Client
+from sonde.lm.asking.completion import Completion, Params, Unanswered
+
+Fires = Callable[[str, int, Sequence[str]], list[float]]
+"""(hookpoint, latent, texts) -> the latent's largest activation in each text."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Do `texts` texts written from the explanation make the latent fire?
+
+    fires: what a text makes the latent do. windows: number of windows of the corpus, for chance.
+    """
+
+    fires: Fires
+    windows: int
+    texts: int = 10
+    name: str = "generation"
+    explained: bool = True
+    logprobs: bool = False
+
+    async def score(self, subject: Subject, explanation: str, client: Client) -> Scored:
+        """Ask for the texts in one question and run them through the model. Fewer texts than asked for are unread."""
+        chance = subject.examples.active / self.windows
+        params = Params(max_tokens=60 * self.texts)
+        again = f"Answer once more with {self.texts} texts on numbered lines, and nothing else."
+        try:
+            texts, _ = await client.parsed(questions.generate(explanation, self.texts), params, _read, again)
+        except Unanswered:
+            texts = None
+        texts = (texts or [])[: self.texts]
+        largest = await asyncio.to_thread(self.fires, subject.hookpoint, subject.latent, texts) if texts else []
+        records = [_record(text, value) for text, value in zip(texts, largest, strict=True)]
+        records += [_record(None, None) for _ in range(self.texts - len(texts))]
+        fired = sum(value > 0 for value in largest)
+        measures: dict[str, Measure] = {
+            "fired": share(fired, len(texts), chance, "no text could be read"),
+            "parsed": share(len(texts), self.texts),
+        }
+        return Scored(records, measures, "fired")
+
+
+def _record(text: str | None, value: float | None) -> dict[str, object]:
+    return {
+        "example": text, "kind": "written", "quantile": None, "distance": None, "label": True,
+        "answer": None if value is None else float(value), "probability": None, "parsed": text is not None,
+    }  # fmt: skip
+
+
+def _read(answer: Completion) -> list[str] | None:
+    return questions.read_numbered(answer.text) or None
