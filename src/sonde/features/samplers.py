@@ -153,7 +153,7 @@ class HardPool:
         check_length(length, cache.context)
         total = cache.n_tokens // length
         self.slots = np.sort(np.random.default_rng(seed).choice(total, min(size, total), replace=False))
-        self._embed = lambda rows: _unit(embed([decode(row.tolist()) for row in rows]))
+        self._embed = lambda rows: unit(embed([decode(row.tolist()) for row in rows]))
         self._vectors = self._embed(gathered(cache.tokens, self.slots * length, length))
 
     def nearest(
@@ -306,6 +306,7 @@ def _negatives(
     return found
 
 
-def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+def unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Rows at length 1; rows of zeros stay."""
     vectors = np.asarray(vectors, dtype=np.float64)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
