@@ -92,5 +92,5 @@ def test_what_cannot_be_is_refused():
     batch = batch_of(lm)
     with pytest.raises(SondeError, match="kl or ce"):
         end_to_end_loss(lm, lambda x: x, batch, batch.mask, site="resid_post.0", loss="mse")
-    with pytest.raises(SondeError, match="writes width 5, and resid_post.0 has width 32"):
+    with pytest.raises(SondeError, match=r"writes width 5, and resid_post.0 has width 32"):
         end_to_end_loss(lm, lambda x: x[:, :5], batch, batch.mask, site="resid_post.0")

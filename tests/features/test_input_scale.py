@@ -48,6 +48,18 @@ def test_a_folded_transcoder_predicts_on_the_scale_of_its_target(rows, scale, ki
     torch.testing.assert_close(folded(rows), writes.inverse(dictionary(reads(rows))), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("streams", [(), (5, 7)])
+def test_one_threshold_on_ranks_by_norm_is_folded_as_thresholds_of_latents(rows, scale, streams):
+    dictionary = made("batchtopk", ranked_by_norm=True, streams=streams)
+    samples = [Sample.of(part) for part in rows.split(streams or [D], 1)]
+    change = InputScale.of(scale, *samples)
+    folded = change.folded(dictionary)
+    torch.testing.assert_close(folded(rows), change.inverse(dictionary(change(rows))), rtol=1e-4, atol=1e-4)
+    if scale == "rms" and streams:
+        assert [round((part**2).mean().item(), 3) for part in change(rows).split(streams, 1)] == [1, 1]
+
+
 def test_scales_are_what_they_say(rows):
     sample = Sample.of(rows)
     assert InputScale.of("norm", sample)(rows).norm(dim=1).mean().item() == pytest.approx(D**0.5, rel=1e-4)
@@ -65,7 +77,7 @@ def test_a_scale_that_was_saved_is_the_same(rows):
 
 def test_whitening_is_refused_where_norms_choose(rows):
     scale = InputScale.of("whiten", Sample.of(rows))
-    with pytest.raises(SondeError, match="ranked_by_norm cannot be trained on whitened rows"):
+    with pytest.raises(SondeError, match="ranked_by_norm takes no such scale"):
         scale.folded(made("topk", ranked_by_norm=True))
 
 

@@ -153,6 +153,25 @@ class Direct:
         self._queue.load(state)
 
 
+class WholeBatches:
+    """The rows of one batch of the model at a time, however many; `passes.batch` is the batch that they are of."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+
+    def take(self) -> Rows | None:
+        """The rows of the next batch."""
+        return self.passes.next_rows()
+
+    def state(self) -> dict[str, Any]:
+        """The place in the text."""
+        return self.passes.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.passes.load(state)
+
+
 class MixingBuffer:
     """Rows in an order that is mixed over `size` rows, of which half are replaced at a time."""
 

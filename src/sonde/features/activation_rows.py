@@ -76,8 +76,8 @@ def matched(lm: LanguageModel, *patterns: str) -> tuple[str, ...]:
 
 def rows_of(
     batch: Batch, sites: Sequence[str], selection: Selection, skipped: Int[Tensor, " ids"], *, device: Any = None
-) -> Rows:
-    """The rows of a batch by site, in float32, the same tokens at every site, in the order of the text.
+) -> tuple[Rows, Bool[Tensor, "batch pos"]]:
+    """The rows of a batch by site, in float32, the same tokens at every site, in the order of the text; and which.
 
     Raises `SondeError` where an activation that is taken is not finite (site, batch and token are named), or where a
     site gives something other than one vector for each token.
@@ -94,14 +94,16 @@ def rows_of(
         # the sum of finite numbers overflows in nobody's model; only where it is not finite the rows are looked at
         if not rows.sum().isfinite():
             _refuse(site, batch, taken, rows)
-    if selection.outliers is None or not found:
-        return found
+    if selection.outliers is None:
+        return found, taken
     small = torch.ones(len(next(iter(found.values()))), dtype=torch.bool, device=device)
     for rows in found.values():
         if len(rows):
             norms = rows.norm(dim=1)
             small &= norms <= selection.outliers * norms.median()
-    return found if bool(small.all()) else {site: rows[small] for site, rows in found.items()}
+    if bool(small.all()):
+        return found, taken
+    return {site: rows[small] for site, rows in found.items()}, taken.masked_scatter(taken, small.to(taken.device))
 
 
 def _refuse(site: str, batch: Batch, taken: Bool[Tensor, "batch pos"], rows: Float[Tensor, "n d"]) -> None:
@@ -125,6 +127,7 @@ class Passes:
         selection: which tokens are taken.
         epochs: how often the text is read.
         device: where rows are put; by default they stay with the model.
+        also: sites that are read beside these, for whoever looks at `batch`.
 
     """
 
@@ -137,14 +140,17 @@ class Passes:
         *,
         epochs: int = 1,
         device: Any = None,
+        also: Sequence[str] = (),
     ) -> None:
-        if epochs < 1:
-            raise SondeError(f"epochs is {epochs}: give 1 or more")
         self.lm, self.batches, self.sites = lm, batches, tuple(sites)
         self.selection = selection or Selection()
         self.epochs = epochs
         self.tokens = 0
         """Tokens that were taken."""
+        self.batch: Batch | None = None
+        """The batch of the last rows, and its tokens that were taken."""
+        self.taken: Tensor | None = None
+        self._also = tuple(also)
         self.device = lm.device if device is None else torch.device(device)
         """Where rows are put."""
         self._skipped = self.selection.ids(lm)
@@ -158,7 +164,7 @@ class Passes:
         """
         while self._epoch < self.epochs:
             if self._stream is None:
-                self._stream = stream(self.lm, self.batches, sites=self.sites, start=self._next)
+                self._stream = stream(self.lm, self.batches, sites=(*self.sites, *self._also), start=self._next)
             batch = next(self._stream, None)
             if batch is None:
                 self._stream, self._epoch, self._next = None, self._epoch + 1, 0
@@ -169,12 +175,19 @@ class Passes:
                     )
                 continue
             self._next = batch.index + 1
-            rows = rows_of(batch, self.sites, self.selection, self._skipped, device=self.device)
+            rows, taken = rows_of(batch, self.sites, self.selection, self._skipped, device=self.device)
             n = len(next(iter(rows.values())))
+            self.batch, self.taken = batch, taken
             if n:
                 self.tokens += n
                 return rows
         return None
+
+    def available(self) -> int:
+        """Tokens of the whole share that ids do not leave out, in all epochs; without running the model."""
+        skipped = self._skipped.cpu()
+        counts = (int(self.selection.taken(batch.tokens, batch.mask, skipped).sum()) for batch in self.batches)
+        return self.epochs * sum(counts)
 
     def placed(self, rows: Rows) -> Rows:
         """Rows that were saved, put where new ones are put."""

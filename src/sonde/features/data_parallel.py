@@ -1,8 +1,9 @@
 """Several processes, one dictionary: each learns from its own share of the text, and all take the same steps.
 
-Under torchrun process r of w reads batches r, r + w, … With g_r the gradient of process r on its n rows, all step along
-the mean of the g_r, so that their parameters stay equal to the bit; what a step counts (which latents fired, sums of
-squares) is added up over processes. Backends are gloo on a CPU and NCCL on CUDA.
+Under torchrun process r of w reads batches r, r + w, … Each takes the gradient of its rows, with sums of squares of all
+processes' rows in the denominators; the gradients are added up, so that parameters stay equal to the bit and a step is
+that of one process on all the rows. Only what chooses across rows (BatchTopK, Matryoshka) chooses among a process's
+own. Backends are gloo on a CPU and NCCL on CUDA.
 """
 
 from collections.abc import Sequence
@@ -25,33 +26,19 @@ class Processes:
                 torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Put the mean over processes into each tensor, in one message."""
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Put the sum over processes into each tensor, in one message; all have the type of the first."""
         if self.world == 1 or not tensors:
             return
-        joined = torch.cat([tensor.reshape(-1).to(torch.float32) for tensor in tensors])
+        joined = torch.cat([tensor.reshape(-1).to(tensors[0].dtype) for tensor in tensors])
         dist.all_reduce(joined)
-        joined /= self.world
         for tensor, part in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over processes."""
-        if self.world == 1:
-            return value
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    def least(self, number: int) -> int:
+    def least(self, number: float) -> float:
         """The smallest of the processes' numbers."""
         if self.world == 1:
             return number
-        found = torch.tensor([number], device=self.device)
+        found = torch.tensor([number], dtype=torch.float64, device=self.device)
         dist.all_reduce(found, op=dist.ReduceOp.MIN)
-        return int(found)
-
-    def wait(self) -> None:
-        """Go on when all have come so far."""
-        if self.world > 1:
-            dist.barrier()
+        return float(found)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sonde.errors import SondeError
+from sonde.features.design import Design
 from sonde.features.dictionary import Dictionary
 
 Scale = Literal["none", "norm", "rms", "whiten"]
@@ -50,80 +51,91 @@ class Sample:
 
 
 class InputScale:
-    """A map x' = s x, or x' = (x - μ) A; made by `InputScale.of(kind, sample)`."""
+    """A map x' = s x, or x' = (x - μ) A; made by `InputScale.of(kind, sample)`.
 
-    def __init__(self, factor: float = 1.0, whitening: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+    Of a crosscoder, whose streams lie side by side, every stream has its own.
+    """
+
+    def __init__(self, factor: float = 1.0, affine: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
         self.factor = factor
-        self._whitening = whitening  # μ, A and its inverse
+        self._affine = affine  # μ, A and its inverse, in place of the factor
 
     @staticmethod
-    def of(kind: Scale, sample: Sample) -> "InputScale":
-        """The map of a kind. Raises `SondeError` for another kind and for a sample of zeros."""
+    def of(kind: Scale, *samples: Sample) -> "InputScale":
+        """The map of a kind, from a sample of each stream. Raises `SondeError` for another kind and samples of zeros."""
         if kind not in SCALES:
             raise SondeError(f"scale is {kind!r}; it is one of {', '.join(SCALES)}")
-        d = len(sample.mean)
         if kind == "none":
             return InputScale()
-        if not float(sample.square) > 0:
+        if not all(float(sample.square) > 0 for sample in samples):
             raise SondeError("all activations of the sample are 0: there is no scale to take them to")
-        if kind == "norm":
-            return InputScale(d**0.5 / float(sample.norm))
-        if kind == "rms":
-            return InputScale((d / float(sample.square)) ** 0.5)
-        values, vectors = torch.linalg.eigh(sample.covariance)
-        values = values.clamp(min=0) + _RIDGE * values.clamp(min=0).mean()
-        maps = ((vectors * values**power) @ vectors.T for power in (-0.5, 0.5))
-        return InputScale(whitening=(sample.mean.float(), *(matrix.float() for matrix in maps)))  # type: ignore[arg-type]
+        if kind == "whiten":
+            maps = [_whitening(sample.covariance) for sample in samples]
+        else:
+            sizes = [
+                (float(s.norm) if kind == "norm" else float(s.square) ** 0.5) / len(s.mean) ** 0.5 for s in samples
+            ]
+            if len(samples) == 1:
+                return InputScale(1 / sizes[0])
+            ones = [torch.eye(len(sample.mean), dtype=torch.float64) for sample in samples]
+            maps = [(one / size, one * size) for one, size in zip(ones, sizes, strict=True)]
+        mean = torch.cat([sample.mean for sample in samples]) * (kind == "whiten")
+        to, back = (torch.block_diag(*matrices).float() for matrices in zip(*maps, strict=True))
+        return InputScale(affine=(mean.float(), to, back))
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing is changed."""
-        return self._whitening is None and self.factor == 1
+        return self._affine is None and self.factor == 1
 
     def __call__(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The scaled rows."""
-        if self._whitening is None:
+        if self._affine is None:
             return x if self.factor == 1 else x * self.factor
-        mean, matrix, _ = (part.to(x) for part in self._whitening)
-        return (x - mean) @ matrix
+        mean, to, _ = (part.to(x) for part in self._affine)
+        return (x - mean) @ to
 
     def inverse(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Rows on the scale of the model again."""
-        if self._whitening is None:
+        if self._affine is None:
             return x if self.factor == 1 else x / self.factor
-        mean, _, back = (part.to(x) for part in self._whitening)
+        mean, _, back = (part.to(x) for part in self._affine)
         return x @ back + mean
 
     def state(self) -> dict[str, Any]:
         """A tree of numbers and tensors."""
-        return {"factor": self.factor, "whitening": None if self._whitening is None else list(self._whitening)}
+        return {"factor": self.factor, "affine": None if self._affine is None else list(self._affine)}
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> "InputScale":
         """The scale that `state` was taken from."""
-        whitening = state["whitening"]
-        return InputScale(state["factor"], None if whitening is None else tuple(whitening))  # type: ignore[arg-type]
+        affine = state["affine"]
+        return InputScale(state["factor"], None if affine is None else tuple(affine))  # type: ignore[arg-type]
 
     def folded(self, dictionary: Dictionary, target: "InputScale | None" = None) -> Dictionary:
         """The dictionary of x, of one that was trained on x' (and, a transcoder, to give what `target` makes of y).
 
-        Raises `SondeError` where a whitening map cannot be folded: it would change norms that the choice depends on.
+        One that chooses across rows by norm becomes the JumpReLU that it is, with a threshold for each latent. Raises
+        `SondeError` where the map cannot be folded: it would change norms that the choice depends on.
         """
         target = target or self
         if self.is_identity and target.is_identity:
             return dictionary
-        if self._whitening is None and target._whitening is None:
+        plain = self._affine is None and target._affine is None
+        design = dictionary.design
+        if design.ranked_by_norm and design.chooses_across_rows and float(dictionary.threshold or 0) > 0:
+            dictionary = dictionary.as_jumprelu()
+        elif not plain:
+            foldable(design)
+        if plain:
             return dictionary.folded_scale(self.factor, target=target.factor)
-        return self._folded_whitening(dictionary, target)
+        return self._folded_map(dictionary, target)
 
     @torch.no_grad()
-    def _folded_whitening(self, dictionary: Dictionary, target: "InputScale") -> Dictionary:
-        refuse_whitening(dictionary)
-        assert self._whitening is not None
-        assert target._whitening is not None
+    def _folded_map(self, dictionary: Dictionary, target: "InputScale") -> Dictionary:
         folded = copy.deepcopy(dictionary)
-        mean, to, _ = (part.to(folded.w_enc) for part in self._whitening)
-        offset, _, back = (part.to(folded.w_enc) for part in target._whitening)
+        mean, to, _ = self._matrices(folded.w_enc)
+        offset, _, back = target._matrices(folded.w_dec)
         folded.w_enc.copy_(dictionary.w_enc @ to)
         folded.w_dec.copy_(dictionary.w_dec @ back)
         folded.b_dec.copy_(dictionary.b_dec @ back + offset)
@@ -137,13 +149,25 @@ class InputScale:
             folded.b_dec -= folded.w_skip @ mean
         return folded
 
+    def _matrices(self, like: Float[Tensor, "latents d"]) -> list[Tensor]:
+        """μ, A and its inverse, for rows of `like`."""
+        if self._affine is not None:
+            return [part.to(like) for part in self._affine]
+        one = torch.eye(like.shape[1], device=like.device, dtype=like.dtype)
+        return [torch.zeros_like(one[0]), one * self.factor, one / self.factor]
 
-def refuse_whitening(dictionary: Dictionary) -> None:
-    """Raise `SondeError` for a dictionary that cannot be trained on whitened rows and folded afterwards."""
-    design = dictionary.design
-    if design.layer_norm or design.ranked_by_norm:
+
+def foldable(design: Design) -> None:
+    """Raise `SondeError` for a design whose rows may have one factor, but no whitening and no factor for each stream."""
+    if design.layer_norm or (design.ranked_by_norm and not design.chooses_across_rows):
         what = "layer_norm" if design.layer_norm else "ranked_by_norm"
-        raise SondeError(f"a design with {what} cannot be trained on whitened rows: folding the map back changes norms")
+        raise SondeError(f"a design with {what} takes no such scale: folding it back would change the norms of latents")
+
+
+def _whitening(covariance: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp(min=0) + _RIDGE * values.clamp(min=0).mean()
+    return (vectors * values**-0.5) @ vectors.T, (vectors * values**0.5) @ vectors.T
 
 
 def geometric_median(x: Float[Tensor, "n d"], *, steps: int = 50) -> Float[Tensor, " d"]:
