@@ -62,7 +62,7 @@ class InputScale:
 
     @staticmethod
     def of(kind: Scale, *samples: Sample) -> "InputScale":
-        """The map of a kind, from a sample of each stream. Raises `SondeError` for another kind and samples of zeros."""
+        """The map of a kind, from a sample of each stream. Raises `SondeError` for other kinds, and samples of zeros."""
         if kind not in SCALES:
             raise SondeError(f"scale is {kind!r}; it is one of {', '.join(SCALES)}")
         if kind == "none":
@@ -158,7 +158,7 @@ class InputScale:
 
 
 def foldable(design: Design) -> None:
-    """Raise `SondeError` for a design whose rows may have one factor, but no whitening and no factor for each stream."""
+    """Raise `SondeError` for a design whose rows may have one factor, but no whitening and no factor a stream."""
     if design.layer_norm or (design.ranked_by_norm and not design.chooses_across_rows):
         what = "layer_norm" if design.layer_norm else "ranked_by_norm"
         raise SondeError(f"a design with {what} takes no such scale: folding it back would change the norms of latents")
