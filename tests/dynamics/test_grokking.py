@@ -96,7 +96,7 @@ def test_without_weight_decay_no_transition_is_invented():
 
 
 def test_settings_that_do_not_fit_are_named(tmp_path):
-    with pytest.raises(SondeError, match="the task is modulo 31, the network modulo 113"):
+    with pytest.raises(SondeError, match="the task has 31 elements, the network 113"):
         Grokking(ModularTask(31))
     with pytest.raises(SondeError, match="steps is 0"):
         dataclasses.replace(SETTINGS, steps=0)

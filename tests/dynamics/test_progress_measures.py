@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sonde.data.modular import ModularTask
-from sonde.dynamics.fourier import sum_directions
+from sonde.dynamics.fourier import block_directions, sum_directions
 from sonde.dynamics.progress_measures import Grid, measures, trigonometric
 from sonde.errors import SondeError
 
@@ -42,11 +42,13 @@ def test_the_fit_returns_the_planted_coefficients_and_frequencies():
 def test_restricted_and_excluded_projections_sum_to_the_logits():
     logits = torch.randn(P * P, P, dtype=torch.float64)
     found = grid(logits)
-    inside = found.projected(sum_directions(P, [1, 4]))
-    torch.testing.assert_close(inside + (found.logits - inside), logits)
-    torch.testing.assert_close(
-        found.projected(sum_directions(P, [1, 4])), sum_directions(P, [1, 4]) @ (sum_directions(P, [1, 4]).T @ inside)
-    )  # a projection
+    directions = sum_directions(P, [1, 4])
+    inside = found.harmonics.project(logits, [1, 4])
+    torch.testing.assert_close(inside, directions @ (directions.T @ logits))
+    torch.testing.assert_close(inside + (logits - inside), logits)
+    torch.testing.assert_close(found.harmonics.project(inside, [1, 4]), inside)  # a projection
+    blocks = block_directions(P, [1, 4])
+    torch.testing.assert_close(found.harmonics.project_wide(logits, [1, 4]), blocks @ (blocks.T @ logits))
     only = measures(grid(cosines({3: 4.0})), [3])
     assert only.restricted["all"] == pytest.approx(grid(cosines({3: 4.0})).loss())
     assert only.excluded == pytest.approx(math.log(P))

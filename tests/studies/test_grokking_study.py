@@ -24,11 +24,22 @@ def test_the_report_has_phases_circuit_and_control(tmp_path, capsys):
     assert again.value.code == 0
 
 
+def test_a_group_has_components_in_the_place_of_frequencies(tmp_path):
+    out = tmp_path / "run"
+    small = ["--group", "s3", "--share", "0.7", "--hidden", "16", "--steps", "100", "--every", "50", "--no-control"]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "grokking", *small, "--out", str(out)])
+    assert ended.value.code == 0
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert "multiplication in S3" in report and "Components of the group" in report
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["--modulus", "1"], "the modulus is 1"),
         (["--share", "1.5"], "a share of 1.5"),
+        (["--group", "e8"], "'e8' names no group: give c2"),
         (["--lr", "0"], "--lr a number above 0"),
         (["--steps", "0"], "steps is 0"),
     ],

@@ -40,16 +40,12 @@ class ModularTask:
             raise SondeError(f"operation {self.operation!r} is unknown: use {', '.join(OPERATIONS)}")
         if self.modulus < 2:
             raise SondeError(f"the modulus is {self.modulus}; give 2 or more")
-        if not 0 < self.share < 1 or not 1 <= int(self.share * self.modulus**2) < self.modulus**2:
-            raise SondeError(
-                f"a share of {self.share} of {self.modulus**2} pairs leaves none to train on or none to test"
-            )
+        train_split(self.modulus, self.share, self.seed)
 
     @property
     def pairs(self) -> Int[Tensor, "pairs 2"]:
         """All pairs (a, b), row-major: a is the slow index."""
-        numbers = torch.arange(self.modulus)
-        return torch.cartesian_prod(numbers, numbers)
+        return all_pairs(self.modulus)
 
     @property
     def labels(self) -> Int[Tensor, " pairs"]:
@@ -64,8 +60,22 @@ class ModularTask:
     @property
     def trained(self) -> Bool[Tensor, " pairs"]:
         """Which pairs are trained on, in the order of `pairs`."""
-        order = list(range(self.modulus**2))
-        random.Random(self.seed).shuffle(order)
-        mask = torch.zeros(self.modulus**2, dtype=torch.bool)
-        mask[order[: int(self.share * self.modulus**2)]] = True
-        return mask
+        return train_split(self.modulus, self.share, self.seed)
+
+
+def all_pairs(n: int) -> Int[Tensor, "pairs 2"]:
+    """All pairs (a, b) of n elements, row-major: a is the slow index."""
+    elements = torch.arange(n)
+    return torch.cartesian_prod(elements, elements)
+
+
+def train_split(n: int, share: float, seed: int) -> Bool[Tensor, " pairs"]:
+    """Which of the n² pairs are trained on. Raises `SondeError` for a share that leaves none, or none to test."""
+    count = int(share * n**2)
+    if not 0 < share < 1 or not 1 <= count < n**2:
+        raise SondeError(f"a share of {share} of {n**2} pairs leaves none to train on or none to test")
+    order = list(range(n**2))
+    random.Random(seed).shuffle(order)
+    mask = torch.zeros(n**2, dtype=torch.bool)
+    mask[order[:count]] = True
+    return mask

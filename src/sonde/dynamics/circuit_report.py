@@ -109,7 +109,6 @@ def _checks(
     mean = activations.mean(0, keepdim=True)
     inside = (activations - mean) @ readers @ readers.T
     sums = sum_directions(p, keys)
-    blocks = block_directions(p, keys)
     polynomial = _by_own_frequency(activations, frequency, p)
     attention = net.attention(task.pairs)
     linear, explained = _linear_attention(attention, p, keys)
@@ -135,10 +134,13 @@ def _checks(
         Check("the logit map has the key frequencies alone", float(kept.square().sum() / residual.square().sum())),
         Check("the MLP on the logit directions alone", loss=loss(stream, mean + inside)),
         Check("the MLP on everything but the logit directions", loss=loss(stream, activations - inside)),
-        Check("the logits on functions of a + b alone", loss=grid.loss("all", grid.projected(sums) + grid.mean)),
+        Check(
+            "the logits on functions of a + b alone",
+            loss=grid.loss("all", grid.harmonics.project(grid.logits, keys) + grid.mean),
+        ),
         Check(
             "the logits on products of the key frequencies (wide)",
-            loss=grid.loss("all", grid.projected(blocks) + grid.mean),
+            loss=grid.loss("all", grid.harmonics.project_wide(grid.logits, keys) + grid.mean),
         ),
     ]
 

@@ -12,6 +12,7 @@ steps; the key frequencies are chosen on the last one and applied to all earlier
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,8 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sonde.data.groups import GroupTask
 from sonde.data.modular import ModularTask
 from sonde.dynamics.fourier import by_frequency, gini, row_norms
+from sonde.dynamics.harmonics import Harmonics
 from sonde.dynamics.progress_measures import Grid, Measures, cross_entropy, measures
 from sonde.errors import SondeError
 from sonde.files import load_bundle, save_bundle
@@ -35,13 +38,13 @@ _SETTLED = 0.005  # Gini points per 100 steps
 
 @dataclass(frozen=True)
 class Grokking:
-    """Settings of one training: task, sizes, optimiser, and how often a checkpoint is kept.
+    """Settings of one training: task (a sum, or a product in a group), sizes, optimiser, steps between checkpoints.
 
     The paper trains 40,000 steps at a learning rate of 1e-3; three times that gives the same network in a third of the
     steps. `seed` is that of the weights; the split has its own in the task.
     """
 
-    task: ModularTask = field(default_factory=ModularTask)
+    task: ModularTask | GroupTask = field(default_factory=ModularTask)
     shape: Shape = field(default_factory=Shape)
     steps: int = 5000
     lr: float = 3e-3
@@ -51,7 +54,7 @@ class Grokking:
 
     def __post_init__(self) -> None:
         if self.task.modulus != self.shape.modulus:
-            raise SondeError(f"the task is modulo {self.task.modulus}, the network modulo {self.shape.modulus}")
+            raise SondeError(f"the task has {self.task.modulus} elements, the network {self.shape.modulus}")
         if self.steps < 1 or self.every < 1:
             raise SondeError(f"steps is {self.steps} and every {self.every}; give 1 or more")
 
@@ -81,7 +84,8 @@ class History:
         tree = load_bundle(path)
         try:
             given = dict(tree["settings"])
-            given |= {"task": ModularTask(**given["task"]), "shape": Shape(**given["shape"])}
+            task = GroupTask if "group" in given["task"] else ModularTask
+            given |= {"task": task(**given["task"]), "shape": Shape(**given["shape"])}
             return History(Grokking(**given), tuple(tree["steps"]), tuple(tree["states"]))
         except (KeyError, TypeError) as error:
             raise SondeError(f"{path} holds no history of a grokking network") from error
@@ -135,9 +139,18 @@ def _state(net: OneLayer) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def grid_of(net: OneLayer, task: ModularTask) -> Grid:
-    """A network's logits on all pairs of its task."""
-    return Grid(task.modulus, net(task.pairs), task.labels, task.trained)
+def grid_of(net: torch.nn.Module, task: ModularTask | GroupTask) -> Grid:
+    """Logits on all pairs of a task, of any network that takes pairs; with the components that its circuit may use."""
+    return Grid(task.modulus, net(task.pairs), task.labels, task.trained, harmonics_of(task))
+
+
+def harmonics_of(task: ModularTask | GroupTask) -> Harmonics:
+    """Frequencies of a + b, or of a - b where that is the task; components of a group."""
+    if isinstance(task, GroupTask):
+        return Harmonics.of_group(task.table, name=f"the group {task.group.upper()}")
+    if task.operation == "subtract":
+        return Harmonics.modulo(task.modulus, task.labels.view(task.modulus, task.modulus))
+    return Harmonics.modulo(task.modulus)
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,8 @@ class Point:
     Attributes:
         step: training steps done.
         measures: see `sonde.dynamics.progress_measures`.
-        gini_embedding, gini_logits: concentration of the Fourier rows of W_E, and of W_L = W_out W_U over classes.
+        gini_embedding, gini_logits: concentration of the Fourier rows of W_E, and of W_L = W_out W_U over classes (of
+            all rows in the components of a group).
         squared_weights: sum of squares of all weights, and by matrix.
 
     """
@@ -161,10 +175,14 @@ class Point:
 
 
 def trace(history: History, keys: Sequence[int], *, progress: str | None = None) -> list[Point]:
-    """The measures of every checkpoint, for key frequencies that were chosen on the last."""
+    """The measures of every checkpoint, for key frequencies that were chosen on the last.
+
+    Warns where the last checkpoint is better on the pairs that are said to be held out: the split is not its own.
+    """
     from tqdm import tqdm
 
     task, points = history.settings.task, []
+    components = harmonics_of(task).components if isinstance(task, GroupTask) else None
     for index in tqdm(range(len(history.steps)), desc=progress, disable=progress is None, unit="checkpoint"):
         net = history.network(index)
         squared = {name: float(tensor.double().square().sum()) for name, tensor in net.state_dict().items()}
@@ -172,13 +190,26 @@ def trace(history: History, keys: Sequence[int], *, progress: str | None = None)
             Point(
                 step=history.steps[index],
                 measures=measures(grid_of(net, task), keys),
-                gini_embedding=gini(row_norms(task.modulus, net.w_e[:-1])),
-                gini_logits=gini(row_norms(task.modulus, logit_map(net))),
+                gini_embedding=gini(_norms(net.w_e[:-1], components)),
+                gini_logits=gini(_norms(logit_map(net), components)),
                 squared_weights=sum(squared.values()),
                 squared_by_matrix=squared,
             )
         )
+    last = points[-1].measures
+    if last.train > last.test:
+        warnings.warn(
+            f"the loss on trained pairs ({last.train:.2g}) is above that on the others ({last.test:.2g}): "
+            "is this the split that the network was trained on?",
+            stacklevel=2,
+        )
     return points
+
+
+def _norms(matrix: Tensor, components: dict[int, Tensor] | None) -> Float[Tensor, " rows"]:
+    if components is None:
+        return row_norms(len(matrix), matrix)
+    return torch.cat([(q.T @ matrix.double()).norm(dim=1) for q in components.values()])
 
 
 def logit_map(net: OneLayer) -> Float[Tensor, "p hidden"]:

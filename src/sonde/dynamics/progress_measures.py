@@ -1,7 +1,8 @@
 """Hidden progress of a network on a sum modulo P, from its logits on all pairs alone (arXiv:2301.05217, section 5).
 
 L [P², P] are logits on the whole grid, S the span of cos w_k(a+b), sin w_k(a+b) for the key frequencies k, P_S the
-projection onto it along the pairs, and L̄ the mean of L over the pairs:
+projection onto it along the pairs, and L̄ the mean of L over the pairs. Products in any other finite group have
+components in the place of frequencies (`sonde.dynamics.harmonics`); every measure is the same.
 
     restricted loss    cross entropy of P_S L + L̄           what the circuit alone would do
     excluded loss      cross entropy of L - P_S L            what is left without it: memory
@@ -12,18 +13,20 @@ Cross entropy is taken in float64, as log(1 + what the other classes have over t
 log-probability is smaller than 1.2e-7, and one that is subtracted from 0 in float64 none below 1e-16.
 """
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from sonde.dynamics.fourier import block_directions, frequencies, sum_directions
+from sonde.dynamics.harmonics import Harmonics
 from sonde.errors import SondeError
 
 SHARE = 0.02  # of the centred logits' variance, from which a frequency is a key
+_GENERALISES = 0.9
 
 
 def cross_entropy(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -39,10 +42,11 @@ class Grid:
     """Logits of a network on all pairs of a task, in float64.
 
     Attributes:
-        modulus: P.
+        modulus: P, or the number of elements of a group.
         logits: [P², P], pairs row-major, the class `=` dropped.
         labels: the right classes.
         trained: which pairs were trained on.
+        harmonics: the components that a circuit may use; those of a + b modulo P where not given.
 
     Raises:
         SondeError: when the logits are not of the whole grid.
@@ -53,6 +57,7 @@ class Grid:
     logits: Float[Tensor, "pairs classes"]
     labels: Int[Tensor, " pairs"]
     trained: Bool[Tensor, " pairs"]
+    harmonics: Harmonics = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         pairs, p = self.modulus**2, self.modulus
@@ -62,7 +67,11 @@ class Grid:
             raise SondeError(f"logits have {self.logits.shape[1]} classes: expected {p}, or {p + 1} with `=` last")
         if len(self.labels) != pairs or len(self.trained) != pairs:
             raise SondeError(f"labels ({len(self.labels)}) and split ({len(self.trained)}) are of {pairs} pairs")
+        if self.logits.dtype in (torch.float16, torch.bfloat16):
+            warnings.warn(f"logits in {self.logits.dtype} have no digits for losses below 1e-3", stacklevel=3)
         object.__setattr__(self, "logits", self.logits.detach().double()[:, :p])
+        if self.harmonics is None:
+            object.__setattr__(self, "harmonics", Harmonics.modulo(p))
 
     def loss(self, which: str = "all", logits: Float[Tensor, "pairs classes"] | None = None) -> float:
         """Cross entropy in nats over "all", "train" or "test" pairs; of the network's own logits, or of others."""
@@ -93,29 +102,33 @@ class Grid:
         logits = self.logits - self.logits.mean(1, keepdim=True)
         return logits - logits.mean(0, keepdim=True)
 
-    def projected(self, directions: Float[Tensor, "pairs k"]) -> Float[Tensor, "pairs classes"]:
-        """P_S L, for orthonormal columns."""
-        return directions @ (directions.T @ self.logits)
-
-    def shares(self) -> Float[Tensor, " frequencies"]:
-        """Share of the centred logits' variance that is a function of a + b at each frequency."""
-        every = sum_directions(self.modulus, frequencies(self.modulus))
-        coefficients = every.T @ self.centred()
-        energy = coefficients.square().sum(1).view(-1, 2).sum(1)
-        total = self.centred().square().sum()
-        return energy / total if total > 0 else torch.zeros_like(energy)
+    def shares(self) -> dict[int, float]:
+        """Share of the centred logits' variance that is a function of the sum (product) at each frequency."""
+        centred = self.centred()
+        sums, total = self.harmonics.by_product(centred), centred.square().sum()
+        return {
+            k: float((q.T @ sums).square().sum() / total) if total > 0 else 0.0
+            for k, q in self.harmonics.components.items()
+        }
 
     def key_frequencies(self, *, threshold: float = SHARE) -> tuple[int, ...]:
-        """Frequencies whose share is above the threshold, by size.
+        """Frequencies whose share is above the threshold, by size. Warns of a network that does not generalise.
 
         Raises `SondeError` with the five largest shares when there is none.
         """
         shares = self.shares()
-        order = shares.argsort(descending=True).tolist()
-        keys = tuple(i + 1 for i in order if shares[i] > threshold)
+        order = sorted(shares, key=shares.__getitem__, reverse=True)
+        keys = tuple(k for k in order if shares[k] > threshold)
+        noun = self.harmonics.noun
         if not keys:
-            largest = ", ".join(f"{i + 1}: {float(shares[i]):.2g}" for i in order[:5])
-            raise SondeError(f"no frequency has a share above {threshold}: the largest are {largest}")
+            largest = ", ".join(f"{k}: {shares[k]:.2g}" for k in order[:5])
+            raise SondeError(f"no {noun} has a share above {threshold}: the largest are {largest}")
+        right = self.accuracy("test")
+        if right < _GENERALISES:
+            warnings.warn(
+                f"the test accuracy is {right:.2f}: what stands out in a network that does not generalise means little",
+                stacklevel=2,
+            )
         return keys
 
 
@@ -155,14 +168,11 @@ def measures(grid: Grid, keys: Sequence[int]) -> Measures:
     """
     if not keys:
         raise SondeError("no key frequency was given: choose them on a checkpoint that generalises")
-    directions = sum_directions(grid.modulus, keys)
-    inside = grid.projected(directions)
+    harmonics = grid.harmonics
+    inside = harmonics.project(grid.logits, keys)
     restricted = inside + grid.mean
-    excluded_by = {}
-    for place, k in enumerate(keys):
-        own = directions[:, 2 * place : 2 * place + 2]
-        excluded_by[k] = grid.loss("train", grid.logits - grid.projected(own))
-    wide = grid.projected(block_directions(grid.modulus, keys)) + grid.mean
+    excluded_by = {k: grid.loss("train", grid.logits - harmonics.project(grid.logits, [k])) for k in keys}
+    wide = harmonics.project_wide(grid.logits, keys) + grid.mean
     coefficients, fitted = trigonometric(grid, keys)
     centred = grid.centred()
     total = centred.square().sum()
@@ -179,23 +189,15 @@ def measures(grid: Grid, keys: Sequence[int]) -> Measures:
         trig_loss=grid.loss("all", fitted),
         trig_fve=float(1 - (centred - fitted).square().sum() / total),
         trig_coefficients=coefficients,
-        share=float((directions.T @ centred).square().sum() / total),
+        share=float(harmonics.project(centred, keys).square().sum() / total),
     )
 
 
 def trigonometric(grid: Grid, keys: Sequence[int]) -> tuple[dict[int, float], Float[Tensor, "pairs classes"]]:
     """Least squares of the centred logits on cos w_k(a+b-c): the coefficients, and the fitted logits.
 
-    The functions are orthogonal over pairs and classes, each of squared norm P³/2, so each coefficient stands alone.
+    In a group that is no sum, on the character of the product and the inverse of the class, 1 where they are equal.
     """
-    p, centred = grid.modulus, grid.centred()
-    t = torch.arange(p, dtype=torch.float64)
-    fitted, coefficients = torch.zeros_like(centred), {}
-    for k in keys:
-        on_pairs = sum_directions(p, [k]) * (p / 2**0.5)  # cos and sin themselves
-        angle = 2 * torch.pi * k / p * t
-        on_classes = torch.stack([angle.cos(), angle.sin()])
-        coefficient = float((on_pairs.T @ centred * on_classes).sum() / (p**3 / 2))
-        coefficients[k] = coefficient
-        fitted += coefficient * on_pairs @ on_classes
-    return coefficients, fitted
+    coefficients = grid.harmonics.fit(grid.centred(), keys)
+    kernel = sum((alpha * grid.harmonics.kernel(k) for k, alpha in coefficients.items()), torch.zeros(()))
+    return coefficients, kernel[grid.harmonics.table.flatten()]

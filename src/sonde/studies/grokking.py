@@ -1,11 +1,12 @@
 """Does a circuit form before the test accuracy moves? A network of modular addition, its hidden progress, its circuit.
 
-A one-layer transformer is trained until it generalises, and its checkpoints are read: losses with the circuit alone and
-without it, the concentration of its weights, and at the end what each part of the network computes. The control is the
-same training without weight decay, which never generalises.
+A one-layer transformer is trained on sums, or on products in any finite group, until it generalises, and its
+checkpoints are read: losses with the circuit alone and without it, the concentration of its weights, and at the end
+what each part of the network computes. The control is the same training without weight decay, which never generalises.
 """
 
 import shlex
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from sonde.studies.running import Named, Read, Runnable, check_options, open_run
 if TYPE_CHECKING:
     from sonde.dynamics.circuit_report import CircuitReport
     from sonde.dynamics.grokking import Grokking, History, Phases, Point
+    from sonde.dynamics.progress_measures import Grid
     from sonde.runs.blocks import Chapter
     from sonde.runs.run import Run
 
@@ -38,6 +40,8 @@ class GrokkingConfig(Runnable):
 
     modulus: Count = 59
     """P: the network adds numbers modulo P. The paper's is 113, which takes about 6 minutes."""
+    group: Annotated[str | None, arg(metavar="NAME")] = None
+    """Multiply in a group in place of adding: c12 (cyclic), d29 (symmetries of a polygon), s4 (permutations)."""
     share: Annotated[float, arg(metavar="SHARE")] = 0.4
     """Share of all pairs that are trained on; the paper's is 0.3."""
     hidden: Count = 256
@@ -61,15 +65,20 @@ class GrokkingConfig(Runnable):
 
     def training(self) -> "Grokking":
         """The settings as the wing has them. Raises `SondeError` for ones that do not fit."""
+        from sonde.data.groups import GroupTask
         from sonde.data.modular import ModularTask
         from sonde.dynamics.grokking import Grokking
         from sonde.nets.one_layer import Shape
 
         if self.hidden < 1 or self.lr <= 0 or self.weight_decay < 0:
             raise SondeError("--hidden takes 1 or more, --lr a number above 0, --weight-decay 0 or more")
+        if self.group is None:
+            task = ModularTask(self.modulus, share=self.share, seed=self.seed)
+        else:
+            task = GroupTask(self.group, share=self.share, seed=self.seed)
         return Grokking(
-            task=ModularTask(self.modulus, share=self.share, seed=self.seed),
-            shape=Shape(self.modulus, hidden=self.hidden),
+            task=task,
+            shape=Shape(task.modulus, hidden=self.hidden),
             steps=self.steps,
             lr=self.lr,
             weight_decay=self.weight_decay,
@@ -91,13 +100,15 @@ def grokking(config: GrokkingConfig) -> Path:
     import dataclasses
     import hashlib
 
+    from sonde.data.modular import ModularTask
     from sonde.dynamics.circuit_report import circuit_report
     from sonde.dynamics.grokking import grid_of, grok, phases, trace
 
     check_options(config)
     settings = config.training()
-    subject = f"addition modulo {config.modulus}"
-    with open_run("grokking", config, Named(f"modulo-{config.modulus}")) as run:
+    p = settings.task.modulus
+    subject = f"addition modulo {p}" if config.group is None else f"multiplication in {config.group.upper()}"
+    with open_run("grokking", config, Named(config.group or f"modulo-{p}")) as run:
         history = grok(settings, folder=run.checkpoint("training").with_suffix(""), progress="training")
         grid = grid_of(history.network(), settings.task)
         keys = _keys(grid)
@@ -108,9 +119,8 @@ def grokking(config: GrokkingConfig) -> Path:
             other = dataclasses.replace(settings, weight_decay=0.0, steps=steps)
             folder = run.checkpoint("control").with_suffix("")
             control = trace(grok(other, folder=folder, progress="without weight decay"), keys)
-        _save(run, history, points)
-        found = phases(points, config.modulus)
-        report = circuit_report(history.network(), settings.task, keys)
+        _save(run, history, points, control or [])
+        found = phases(points, p)
         network = history.network()
         weights = hashlib.sha256(b"".join(p.numpy().tobytes() for p in network.state_dict().values())).hexdigest()
         return publish(
@@ -119,10 +129,12 @@ def grokking(config: GrokkingConfig) -> Path:
             Read(),
             [
                 _progress_chapter(points, control, found, config),
-                _circuit_chapter(report, config),
+                _circuit_chapter(circuit_report(network, settings.task, keys), config)
+                if isinstance(settings.task, ModularTask)
+                else _components_chapter(grid, keys, config),
             ],
             title=f"How a network learned {subject}",
-            source=f"all {config.modulus**2} pairs, {config.share:.0%} trained on",
+            source=f"all {p**2} pairs, {config.share:.0%} trained on",
             timings=dict(run.timings),
         )
 
@@ -130,15 +142,20 @@ def grokking(config: GrokkingConfig) -> Path:
 def _keys(grid: Any) -> tuple[int, ...]:
     """Key frequencies of the last checkpoint; the five largest where none stands out, which is the case of memory."""
     try:
-        return grid.key_frequencies()
+        with warnings.catch_warnings():  # the report says where it does not generalise
+            warnings.simplefilter("ignore")
+            return grid.key_frequencies()
     except SondeError:
-        return tuple(int(i) + 1 for i in grid.shares().argsort(descending=True)[:5])
+        shares = grid.shares()
+        return tuple(sorted(shares, key=shares.__getitem__, reverse=True)[:5])
 
 
-def _save(run: "Run", history: "History", points: "list[Point]") -> None:
-    """The history as one file, and a row for every checkpoint."""
+def _save(run: "Run", history: "History", points: "list[Point]", control: "list[Point]") -> None:
+    """The history as one file, and a row for every checkpoint; those of the control apart."""
     history.save(run.path("history.safetensors"))
     run.table("grokking.checkpoints", [_row(point) for point in points])
+    if control:
+        run.table("grokking.control", [_row(point) for point in control])
 
 
 def _row(point: "Point") -> dict[str, Any]:
@@ -170,7 +187,8 @@ def _progress_chapter(
     from sonde.stats.intervals import wilson
 
     command = shlex.join(config.command())
-    tested = config.modulus**2 - int(config.share * config.modulus**2)
+    task = config.training().task
+    tested = int((~task.trained).sum())
     last = points[-1].measures
     right = wilson(round(last.accuracy_test * tested), tested)
     held: dict[str, Any] = {"control_reason": "left out by --no-control"}
@@ -189,7 +207,7 @@ def _progress_chapter(
         id="grokking.accuracy",
         chapter="progress",
         sentence=sentence,
-        metric="share of the pairs that it was not trained on that it adds right",
+        metric="share of the pairs that it was not trained on that it answers right",
         better="higher",
         command=command,
         figures=("progress.losses",),
@@ -267,8 +285,40 @@ def _progress_chapter(
         how=(
             f"One layer, width 128, 4 heads, {config.hidden} neurons; full batch AdamW, weight decay "
             f"{config.weight_decay:g}, learning rate {config.lr:g}, cross entropy in float64. Restricted: logits on "
-            "all pairs, projected on cos w(a+b) and sin w(a+b) of the key frequencies, the mean kept, on test pairs. "
-            f"Excluded: without that projection, on train pairs ({_CITE})."
+            "all pairs, projected on functions of the sum (product) at the key frequencies, the mean kept, on test "
+            f"pairs. Excluded: without that projection, on train pairs ({_CITE})."
+        ),
+    )
+
+
+def _components_chapter(grid: "Grid", keys: tuple[int, ...], config: GrokkingConfig) -> "Chapter":
+    from sonde.dynamics.progress_measures import trigonometric
+    from sonde.runs.blocks import Chapter, Column, Table
+    from sonde.runs.report.numbers import number
+
+    shares, components = grid.shares(), grid.harmonics.components
+    coefficients, _ = trigonometric(grid, list(components))
+    inside = sum(shares[k] for k in keys)
+    return Chapter(
+        id="components",
+        question="What does it compute?",
+        answer=f"{inside:.0%} of the variance of its logits are functions of the product in {len(keys)} components.",
+        blocks=[
+            Table(
+                id="components.table",
+                columns=["component", "functions", Column(name="share of variance"), Column(name="on the character")],
+                rows=[
+                    [str(k), str(q.shape[1]), number(shares[k], 3), number(coefficients[k], 3)]
+                    for k, q in components.items()
+                ],
+                caption="Components of the group, how many functions each has, its share of the variance of the "
+                "logits, and its coefficient on the character of the product and the inverse of the answer.",
+            )
+        ],
+        not_shown="A component says which functions the network uses, not how its neurons make them.",
+        how=(
+            "Components are those that neither translation of the group leaves; a share is of the logits, centred "
+            "over answers and pairs, on all pairs (Chughtai et al. 2023, arXiv:2302.03025)."
         ),
     )
 
