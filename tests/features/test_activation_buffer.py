@@ -10,7 +10,7 @@ from sonde.data.python_docs import topics
 from sonde.errors import SondeError
 from sonde.features import activation_buffer
 from sonde.features.activation_buffer import Order
-from sonde.features.activation_rows import Passes, Selection, matched, rows_of
+from sonde.features.activation_rows import Passes, Selection, matched, rows_of, selected
 from sonde.files import load_bundle, save_bundle
 from sonde.lm.batches import TokenBatches
 from sonde.lm.model import LanguageModel
@@ -65,9 +65,9 @@ def test_pads_opening_tokens_and_listed_tokens_are_left_out(lm):
     none = torch.zeros(2, dtype=torch.long)
     batch = Batch(tokens, mask, 0, none, none, none, acts={"embed": torch.arange(8.0).reshape(2, 4, 1)})
     selection = Selection(skip=(6,))
-    assert rows_of(batch, ["embed"], selection, selection.ids(lm))[0]["embed"].flatten().tolist() == [1, 3, 4, 5]
+    assert rows_of(batch, ["embed"], selection, selection.ids(lm))["embed"].flatten().tolist() == [1, 3, 4, 5]
     kept = Selection(keep_opening=True)
-    assert rows_of(batch, ["embed"], kept, kept.ids(lm))[0]["embed"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert rows_of(batch, ["embed"], kept, kept.ids(lm))["embed"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_huge_row_at_one_site_is_left_out_at_all_sites(lm):
@@ -78,7 +78,7 @@ def test_a_huge_row_at_one_site_is_left_out_at_all_sites(lm):
     tokens = torch.full((1, 9), 7)
     batch = Batch(tokens, torch.ones_like(tokens, dtype=torch.bool), 0, none, none, none, acts=acts)
     selection = Selection(outliers=10)
-    rows, taken = rows_of(batch, list(acts), selection, selection.ids(lm))
+    rows, taken = selected(batch, list(acts), selection, selection.ids(lm))
     assert taken[0].tolist() == [True] * 3 + [False] + [True] * 5
     assert [len(part) for part in rows.values()] == [8, 8]
     assert rows["embed"].max() == 1 and rows["resid_post.0"].max() == 9

@@ -76,6 +76,13 @@ def matched(lm: LanguageModel, *patterns: str) -> tuple[str, ...]:
 
 def rows_of(
     batch: Batch, sites: Sequence[str], selection: Selection, skipped: Int[Tensor, " ids"], *, device: Any = None
+) -> Rows:
+    """The rows of a batch by site; see `selected`, which also says of which tokens they are."""
+    return selected(batch, sites, selection, skipped, device=device)[0]
+
+
+def selected(
+    batch: Batch, sites: Sequence[str], selection: Selection, skipped: Int[Tensor, " ids"], *, device: Any = None
 ) -> tuple[Rows, Bool[Tensor, "batch pos"]]:
     """The rows of a batch by site, in float32, the same tokens at every site, in the order of the text; and which.
 
@@ -175,7 +182,7 @@ class Passes:
                     )
                 continue
             self._next = batch.index + 1
-            rows, taken = rows_of(batch, self.sites, self.selection, self._skipped, device=self.device)
+            rows, taken = selected(batch, self.sites, self.selection, self._skipped, device=self.device)
             n = len(next(iter(rows.values())))
             self.batch, self.taken = batch, taken
             if n:

@@ -62,7 +62,7 @@ class InputScale:
 
     @staticmethod
     def of(kind: Scale, *samples: Sample) -> "InputScale":
-        """The map of a kind, from a sample of each stream. Raises `SondeError` for other kinds, and samples of zeros."""
+        """The map of a kind, from a sample of each stream. Raises `SondeError` for other kinds and for zeros."""
         if kind not in SCALES:
             raise SondeError(f"scale is {kind!r}; it is one of {', '.join(SCALES)}")
         if kind == "none":
