@@ -159,7 +159,7 @@ def _logits(network: Network, tokens: Int[Tensor, "n pos"], vocab: int | None):
     while start < len(tokens):
         part = tokens[start : start + rows]
         with torch.no_grad():
-            logits = network(part)[:, :-1]
+            logits = network(part[:, :-1])
         if vocab is not None:
             logits = logits[..., :vocab]
         yield start, part, logits.float()

@@ -262,9 +262,7 @@ class _Counts:
             total = known
         return cls(n.astype(np.int32), total.astype(np.int32), freed / known, discounts)
 
-    def share(
-        self, context: Int[np.ndarray, " n"], ngram: Int[np.ndarray, " n"] | slice
-    ) -> Float[np.ndarray, " n"]:
+    def share(self, context: Int[np.ndarray, " n"], ngram: Int[np.ndarray, " n"] | slice) -> Float[np.ndarray, " n"]:
         """Discounted share of an n-gram in its context; 0 for -1, an n-gram not seen."""
         n = self.n if isinstance(ngram, slice) else np.where(ngram < 0, 0, self.n[ngram])
         return (n - self.discounts[np.minimum(n, 3)]) / self.total[context]

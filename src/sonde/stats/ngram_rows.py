@@ -76,9 +76,7 @@ class NgramRows:
         """Rows `start` to `stop`."""
         begins = self.begins[start : stop + 1]
         inside = slice(int(begins[0]), int(begins[-1]))
-        return NgramRows(
-            begins - begins[0], self.tokens[inside], self.values[inside], self.rest[start:stop], self.base
-        )
+        return NgramRows(begins - begins[0], self.tokens[inside], self.values[inside], self.rest[start:stop], self.base)
 
     def dense(self) -> Float[Tensor, "n vocab"]:
         """All probabilities. For a few rows: it holds rows times vocabulary numbers."""

@@ -209,9 +209,7 @@ class NgramTables:
         return cls(levels, vocab_size)
 
 
-def children(
-    level: Level, node: Int[np.ndarray, " n"]
-) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " nonzero"]]:
+def children(level: Level, node: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " nonzero"]]:
     """The n-grams that continue each context, one context after the other, and where each begins. None for -1."""
     known = np.maximum(node, 0)
     first = np.where(node < 0, 0, level.offsets[known])
@@ -255,9 +253,7 @@ def flatten(
     return tokens, depth, lengths
 
 
-def _words(
-    tokens: Int[np.ndarray, " n"], left: Int[np.ndarray, " n"], bits: int, packed: int
-) -> Int[np.ndarray, " n"]:
+def _words(tokens: Int[np.ndarray, " n"], left: Int[np.ndarray, " n"], bits: int, packed: int) -> Int[np.ndarray, " n"]:
     """The `packed` tokens from each place on in one integer, the first one highest; 0 stands past a document's end."""
     symbols = (tokens + 1).astype(np.uint64)
     words = symbols << (bits * (packed - 1))

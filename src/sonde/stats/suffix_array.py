@@ -139,9 +139,7 @@ def suffix_order(symbols: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     first, second = ordered[ordered % 3 == 1], ordered[ordered % 3 == 2]
     # one third against each of the others, by symbols up to the next place that has a rank in both
     before = _places(first, others, lambda i: _packed((text[i], bits), (rank[i + 1], width)))
-    before += _places(
-        second, others, lambda i: _packed((text[i], bits), (text[i + 1], bits), (rank[i + 2], width))
-    )
+    before += _places(second, others, lambda i: _packed((text[i], bits), (text[i + 1], bits), (rank[i + 2], width)))
     merged = np.empty(n, dtype=np.int64)
     taken = np.zeros(n, dtype=bool)
     taken[before + np.arange(len(others))] = True
