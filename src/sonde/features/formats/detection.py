@@ -4,7 +4,6 @@
 """
 
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +63,8 @@ def load_dictionary(
         raise SondeError(f"format {found!r} is not known: use one of {', '.join(FORMATS)}")
     dictionary = readers[found](path)
     if lm is not None:
+        from sonde.features.recorded import warn_of_another_model
+
         warn_of_another_model(dictionary, lm)
     return dictionary
 
@@ -95,22 +96,6 @@ def detected(path: Path) -> str:
     there = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
     wanted = ", ".join(mark for marks in _MARKS.values() for mark in marks)
     raise SondeError(f"{path} holds no dictionary: found {there}; expected one of {wanted}")
-
-
-def warn_of_another_model(dictionary: Dictionary, lm: "LanguageModel") -> None:
-    """Warn, with both names, where a dictionary was made for another model or tokenizer than `lm`."""
-    same = dictionary.model is None or short_name(dictionary.model) == short_name(lm.name)
-    if dictionary.model_hash is not None:
-        same = dictionary.model_hash == lm.hash
-    if not same:
-        warnings.warn(
-            f"the dictionary was made for {dictionary.model or 'another model'}, and is used on {lm.name}", stacklevel=3
-        )
-
-
-def short_name(model: str) -> str:
-    """A model's name without its owner, in small letters."""
-    return model.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def _natural(path: Path) -> list[tuple[bool, int, str]]:
