@@ -3,7 +3,7 @@
     python benchmarks/planted_dictionary.py [--seeds 0 1 2] [--only recovery centring auxk thresholds prefixes]
 
 d = 64, 256 directions, firing rates ∝ exp(-3i/256) scaled to a mean L0 of 6, amplitudes U[.5, 1.5]; batches of 1024,
-600 Adam steps at 3e-3 with 30 steps of warm-up and a decay over the last 180. One thread; about five minutes of CPU time.
+600 Adam steps at 3e-3 with 30 steps of warm-up and a decay over the last 180. One thread, four minutes of CPU time.
 """
 
 import argparse

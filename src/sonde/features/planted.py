@@ -7,6 +7,7 @@ et al. 2022, "Taking features out of superposition").
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -49,7 +50,7 @@ class PlantedDictionary:
 
         Raises `ValueError` when a rate would be above 1, which is when `l0` is too large for `n` and `decay`.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = _generator(seed, 1)
         directions = torch.randn(n, d, generator=generator)
         rates = torch.exp(-decay * torch.arange(n) / n)
         rates *= l0 / rates.sum()
@@ -62,7 +63,7 @@ class PlantedDictionary:
 
     def sample(self, rows: int, *, seed: int) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "rows n"]]:
         """Rows and the amplitudes that made them, 0 where a direction is not active."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = _generator(seed, 2)
         active = torch.rand(rows, len(self.rates), generator=generator) < self.rates
         sizes = self.low + (self.high - self.low) * torch.rand(rows, len(self.rates), generator=generator)
         amplitudes = active * sizes
@@ -108,7 +109,7 @@ def recovery(
         return tuple((wanted.to(units) @ units.T).max(1))  # type: ignore[return-value]
 
     cosines, latents = best(rows)
-    random = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed))
+    random = torch.randn(rows.shape, generator=_generator(seed, 3))
     return Recovery(
         cosines,
         latents,
@@ -117,3 +118,8 @@ def recovery(
         bound,
         float(best(random)[0].mean()),
     )
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    """A stream of its own: a dictionary that is initialised from the same seed must not start at what is planted."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, stream)).generate_state(1)[0]))

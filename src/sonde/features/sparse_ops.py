@@ -6,6 +6,9 @@ an M x n sparse matrix with the n rows, and both share the one sort that turns t
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +23,30 @@ _SUM = 0  # embedding_bag's number for mode="sum"
 with warnings.catch_warnings():  # torch says once in a process that its sparse rows are in beta
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.empty(0, dtype=torch.int64), torch.empty(0), (1, 1))
+
+_SPARE: ContextVar[list[Tensor] | None] = ContextVar("spare", default=None)
+
+
+@contextmanager
+def reusing(spare: list[Tensor]) -> Iterator[None]:
+    """Inside, gradients of weights are written over tensors of `spare` that fit, which leave the list.
+
+    Fresh memory of the size of the weights costs more time than what is written to it: the system hands it out page by
+    page. The numbers in `spare` must be finite.
+    """
+    token = _SPARE.set(spare)
+    try:
+        yield
+    finally:
+        _SPARE.reset(token)
+
+
+def _blank(rows: int, columns: int, like: Tensor) -> Tensor:
+    spare = _SPARE.get() or []
+    for place, tensor in enumerate(spare):
+        if tensor.shape == (rows, columns) and tensor.dtype == like.dtype and tensor.device == like.device:
+            return spare.pop(place)
+    return like.new_zeros(rows, columns)
 
 
 class Pattern:
@@ -74,7 +101,8 @@ class Pattern:
         """Fᵀ dense, where F is the n x M matrix with `values` at the entries."""
         order, starts, rows = self._turned
         turned = torch.sparse_csr_tensor(starts, rows, values[order], (self.size, self.n), check_invariants=False)
-        return turned @ dense
+        out = _blank(self.size, dense.shape[1], dense)
+        return torch.addmm(out, turned, dense, beta=0, out=out)
 
     def column_sums(self, values: Float[Tensor, " entries"]) -> Float[Tensor, " latents"]:
         """Σ over rows of the values of each latent."""
@@ -87,10 +115,12 @@ class Pattern:
         )
 
     def inner(self, dense: Float[Tensor, "n d"], weight: Float[Tensor, "latents d"]) -> Float[Tensor, " entries"]:
-        """(dense weightᵀ) at the entries."""
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            dense.contiguous(), weight, self.latents, self.starts[:-1], self.rows, _SUM, -1
+        """(dense weightᵀ) at the entries, latent by latent, so that each row of `weight` is read once."""
+        order, starts, rows = self._turned
+        turned = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            weight, dense.contiguous(), rows, starts[:-1], self.latents[order], _SUM, -1
         )
+        return torch.empty_like(turned).index_copy_(0, order, turned)
 
 
 class _Decode(torch.autograd.Function):

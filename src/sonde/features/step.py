@@ -20,6 +20,7 @@ from sonde.features.cross_layer import CrossLayerTranscoder
 from sonde.features.dictionary import Dictionary
 from sonde.features.objective import Part, Scale, losses, variance
 from sonde.features.optimisers import AveragedSignSGD, optimisers
+from sonde.features.sparse_ops import reusing
 from sonde.features.step_config import StepConfig
 
 
@@ -34,7 +35,9 @@ class Step:
         since_fired: rows since each latent of each dictionary fired; int64.
         fired, tokens: what `accumulate` has noted for the next `update`: rows, and whether a latent fired in them.
 
-    Raises `ValueError` for a configuration that does not fit the design.
+    Raises:
+        ValueError: for a configuration that does not fit the design.
+
     """
 
     def __init__(self, module: Dictionary | CrossLayerTranscoder, config: StepConfig | None = None) -> None:
@@ -47,6 +50,7 @@ class Step:
                 raise SondeError(f"weights are {p.dtype}: a dictionary trains in float32, whatever the model's type")
         self.optimisers = optimisers(self.parameters, self.config)
         self.done = self.tokens_seen = 0
+        self._spare: list[Tensor] = []
         self.since_fired = [
             torch.zeros(each.design.latents, dtype=torch.int64, device=each.device) for each in self.dictionaries
         ]
@@ -117,7 +121,8 @@ class Step:
                 k=config.k_at(self.done, first.design.k) if config.k_start else None,
                 sparsity=(config.sparsity or 0.0) * min(1.0, rise),
             )
-            loss.total.backward()
+            with reusing(self._spare):
+                loss.total.backward()
         finally:
             for each, training in zip(self.dictionaries, was, strict=True):
                 each.train(training)
@@ -130,7 +135,7 @@ class Step:
         return dict(zip(names, torch.stack([loss.terms[name].double() for name in names]).tolist(), strict=True))
 
     def update(self) -> dict[str, float]:
-        """Clip, project, move the weights, and count who fired. Raises `SondeError` for gradients that are not finite."""
+        """Project, clip, move the weights, count who fired. Raises `SondeError` for gradients that are not finite."""
         config = self.config
         if config.norm == "project":
             for each in self.dictionaries:
@@ -146,7 +151,11 @@ class Step:
             for group in optimiser.param_groups:
                 group["lr"] = lr
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            if p.ndim == 2 and p.grad is not None:
+                self._spare.append(p.grad)
+            p.grad = None
+        del self._spare[: -len(self.parameters)]
         self._constrain()
         self._follow_threshold()
         dead = 0
@@ -161,7 +170,7 @@ class Step:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Inside, the weights are those to be kept: the averages, where the optimiser has them. For evaluation, saving."""
+        """Inside, the weights are those to be kept: the averages, where the optimiser has them."""
         moving = [(o, p) for o in self.optimisers if isinstance(o, AveragedSignSGD) for p in self.parameters]
         kept = [p.detach().clone() for _, p in moving]
         with torch.no_grad():
@@ -273,5 +282,5 @@ class Step:
 def _project(w_dec: nn.Parameter) -> None:
     """Take the part along each row out of the row's gradient."""
     if w_dec.grad is not None:
-        along = torch.linalg.vecdot(w_dec.grad, w_dec.detach())
-        w_dec.grad.addcmul_(along[:, None], w_dec.detach(), value=-1)
+        for gradient, rows in zip(w_dec.grad.split(1024), w_dec.detach().split(1024), strict=True):
+            gradient.addcmul_(torch.linalg.vecdot(gradient, rows)[:, None], rows, value=-1)
