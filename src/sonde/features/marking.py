@@ -10,17 +10,22 @@ from collections.abc import Sequence
 OPEN, CLOSE = "<<", ">>"
 _SPECIAL = re.compile(r"([<>\\])")
 _MARKED = re.compile(r"(?<!\\)<<(.*?)(?<!\\)>>")
-_LINE_BREAK = "↵"
+LINE_BREAK = "↵"
+
+
+def one_line(text: str) -> str:
+    """A text with its line breaks written as ↵."""
+    return text.replace("\r", "").replace("\n", LINE_BREAK)
 
 
 def plain(tokens: Sequence[str]) -> str:
     """The text of a window on one line."""
-    return "".join(tokens).replace("\n", _LINE_BREAK).replace("\r", "").strip()
+    return one_line("".join(tokens))
 
 
 def marked(tokens: Sequence[str], marks: Sequence[bool]) -> str:
     """The text of a window on one line, with its marked tokens between << and >>."""
-    shown = [token.replace("\n", _LINE_BREAK).replace("\r", "") for token in tokens]
+    shown = [one_line(token) for token in tokens]
     if _ambiguous(shown, marks):
         shown = [_SPECIAL.sub(r"\\\1", token) for token in shown]
     pieces, inside = [], False
@@ -29,7 +34,7 @@ def marked(tokens: Sequence[str], marks: Sequence[bool]) -> str:
             pieces.append(OPEN if mark else CLOSE)
             inside = mark
         pieces.append(token)
-    return ("".join(pieces) + CLOSE * inside).strip()
+    return "".join(pieces) + CLOSE * inside
 
 
 def spans(text: str) -> list[str]:

@@ -7,6 +7,8 @@ once. A passage is one line, numbered from 1.
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from json.encoder import encode_basestring
 
 from sonde.lm.asking.completion import Message, chat
 
@@ -23,7 +25,7 @@ the passages allow and no more; describe the pattern instead of listing what is 
 passages or the feature. The last line of your answer is
 [EXPLANATION]: your sentence"""
 
-_CHAIN = """\
+CHAIN = """\
 Before the last line, think aloud in three short steps: which tokens are marked, what surrounds them, and which pattern
 covers all of them."""
 
@@ -167,7 +169,7 @@ def explain(
             ),
             f"{thought}\n{EXPLANATION} {answer}" if reasoned else f"{EXPLANATION} {answer}",
         ]
-    system = "\n\n".join(part for part in (*parts, _CHAIN * reasoned) if part)
+    system = "\n\n".join(part for part in (*parts, CHAIN * reasoned) if part)
     return chat(system, *turns, _explained(passages, strengths, promoted, others))
 
 
@@ -226,7 +228,7 @@ def numbered(passages: Sequence[str]) -> str:
 
 def read_numbered(text: str) -> list[str]:
     """The texts after the numbers of a numbered list."""
-    return [line.strip() for line in re.findall(r"^\s*\d+[.):]\s+(.*\S)", text, re.MULTILINE)]
+    return re.findall(r"^ *\d+[.):] (.*)$", text, re.MULTILINE)
 
 
 def read_explanation(text: str) -> str | None:
@@ -244,6 +246,7 @@ def read_digits(text: str, count: int, *, highest: int = 1) -> list[int] | None:
     return None
 
 
+@lru_cache
 def digits_schema(count: int, *, highest: int = 1) -> str:
     """A JSON schema for `{"answers": [digits]}` of one length; the outermost value of a schema has to be an object."""
     item = {"type": "integer", "enum": list(range(highest + 1))}
@@ -258,11 +261,16 @@ def digits_schema(count: int, *, highest: int = 1) -> str:
     )
 
 
-def _judge(system: str, worked: Sequence[tuple], explanation: str, passages: Sequence[str]) -> tuple[Message, ...]:
+def _judge(system: str, worked: tuple[tuple, ...], explanation: str, passages: Sequence[str]) -> tuple[Message, ...]:
+    return (*_worked(system, worked), {"role": "user", "content": _described(explanation, passages)})
+
+
+@lru_cache(maxsize=2)
+def _worked(system: str, worked: tuple[tuple, ...]) -> tuple[Message, ...]:
     turns = []
     for about, shown, answers in worked:
         turns += [_described(about, shown), json.dumps(list(answers))]
-    return chat(system, *turns, _described(explanation, passages))
+    return chat(system, *turns)
 
 
 def _described(explanation: str, passages: Sequence[str]) -> str:
@@ -278,7 +286,7 @@ def _tokens(explanation: str, tokens: Sequence[str]) -> str:
 
 
 def _quoted(token: str) -> str:
-    return json.dumps(token, ensure_ascii=False)
+    return encode_basestring(token)
 
 
 def _explained(

@@ -62,4 +62,4 @@ def _record(text: str | None, value: float | None) -> dict[str, object]:
 
 
 def _read(answer: Completion) -> list[str] | None:
-    return questions.read_numbered(answer.text) or None
+    return [text.strip() for text in questions.read_numbered(answer.text) if text.strip()] or None

@@ -9,6 +9,7 @@ could not be read are counted and left out.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from sonde.stats.intervals import Interval, percentile_interval, wilson
 from sonde.stats.ranks import auroc_interval
 
 _DRAWS = 1000
+_interval = lru_cache(maxsize=1 << 14)(wilson)  # few counts, many latents
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def of_verdicts(records: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
         return found | {name: Measure.missing(reason, 0.5 if name == "balanced_accuracy" else None) for name in names}
     hits, alarms = sum(positive), sum(negative)
     found["balanced_accuracy"] = Measure(
-        balanced(wilson(hits, len(positive)), wilson(len(negative) - alarms, len(negative))), 0.5
+        balanced(_interval(hits, len(positive)), _interval(len(negative) - alarms, len(negative))), 0.5
     )
     found["f1"] = Measure(f1(hits, len(positive), alarms, len(negative)))
     found["precision"] = share(hits, hits + alarms, None, "no window was said to fit")
@@ -99,4 +101,4 @@ def f1(hits: int, positives: int, alarms: int, negatives: int) -> Interval:
 
 def share(part: int, whole: int, chance: float | None = None, reason: str = "") -> Measure:
     """A share of a count, or the reason why there is nothing to count."""
-    return Measure(wilson(part, whole), chance) if whole else Measure.missing(reason, chance)
+    return Measure(_interval(part, whole), chance) if whole else Measure.missing(reason, chance)

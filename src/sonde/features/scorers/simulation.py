@@ -27,6 +27,7 @@ from sonde.stats.intervals import bootstrap
 LEVELS = 10
 _ALTERNATIVES = 20
 _DRAWS = 500
+_EXPLANATION_WORDS = 30
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Simulation:
         gives no log-probabilities of prompts.
         """
         cases = subject.held_out(self.seed)
-        self._check(cases, explanation, client)
+        self._fits(cases, explanation, client)
         predicted = await asyncio.gather(*(self._predicted(case, explanation, client) for case in cases))
         records = []
         for case, found in zip(cases, predicted, strict=True):
@@ -54,16 +55,20 @@ class Simulation:
             records.append(one | {"answer": found, "parsed": found is not None})
         return Scored(records, _measures(cases, predicted), "all")
 
-    def _check(self, cases: Sequence[Case], explanation: str, client: Client) -> None:
+    def check(self, subject: Subject, client: Client) -> None:
+        """Raise what `score` would for an explanation of usual length, before anybody is asked for one."""
+        self._fits([*subject.test, *subject.negatives], " ".join(["word"] * _EXPLANATION_WORDS), client)
+
+    def _fits(self, cases: Sequence[Case], explanation: str, client: Client) -> None:
         offers = client.backend.offers
         if self.at_once and not offers.prompt_logprobs:
             raise SondeError(
                 f"{client.backend.name} gives no log-probabilities of prompts: let simulation ask for lists instead"
             )
-        for case in cases:
+        for case in cases if offers.context is not None else ():
             answer = 1 if self.at_once else _answer_tokens(case)
             needed = client.backend.count(self._messages(case, explanation)) + answer
-            if offers.context is not None and needed > offers.context:
+            if needed > (offers.context or 0):
                 raise SondeError(
                     f"simulation needs {needed} tokens for a window of {len(case.tokens)}, but {client.backend.name} "
                     f"has {offers.context}: cut shorter windows, or ask a model with a longer context"

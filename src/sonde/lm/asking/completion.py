@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sonde.errors import SondeError
@@ -78,7 +78,11 @@ class Completion:
 
     def to_json(self) -> str:
         """One line that `from_json` reads."""
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+        fields = {**vars(self), "usage": vars(self.usage)}
+        for name in ("tokens", "prompt_tokens"):
+            if fields[name] is not None:
+                fields[name] = [vars(token) for token in fields[name]]
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
     @staticmethod
     def from_json(line: str) -> "Completion":
@@ -145,8 +149,8 @@ class Refused(SondeError):
 
 def request_key(model: str, messages: Sequence[Message], params: Params) -> str:
     """SHA-256 of model, messages and parameters with the seed: what an answer is kept under."""
-    asked = [model, [[message["role"], message["content"]] for message in messages], asdict(params)]
-    return hashlib.sha256(json.dumps(asked, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")).hexdigest()
+    asked = [model, [[message["role"], message["content"]] for message in messages], sorted(vars(params).items())]
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
 
 
 def rough_count(messages: Sequence[Message]) -> int:

@@ -68,6 +68,7 @@ class Ledger:
         self.price, self.budget, self.spent = price, budget, spent
         self._reserved = 0.0
         self._in_flight = 0
+        self._over = ""
         self._settled: asyncio.Event | None = None
 
     def cost(self, usage: Usage) -> float | None:
@@ -77,12 +78,15 @@ class Ledger:
     async def reserve(self, usage: Usage) -> float:
         """Set aside what a call may cost, once it fits. Raises `BudgetSpent` where it never will."""
         most = self.cost(usage) or 0.0
+        if self._over:
+            raise BudgetSpent(self._over)
         while self.budget is not None and self.spent + self._reserved + most > self.budget:
             if not self._in_flight:
-                raise BudgetSpent(
+                self._over = (
                     f"the budget of ${self.budget:g} is reached: ${self.spent:.4f} spent, and the next call may cost "
                     f"${most:.4f}; all answers are kept, so go on with a larger --budget and --resume"
                 )
+                raise BudgetSpent(self._over)
             self._settled = self._settled or asyncio.Event()
             await self._settled.wait()
         self._reserved += most
