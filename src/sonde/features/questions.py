@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from json.encoder import encode_basestring
 
+from sonde.features.marking import one_line
 from sonde.lm.asking.completion import Message, chat
 
 EXPLANATION = "[EXPLANATION]:"
 DESCRIPTION = "Description:"
 UNKNOWN = "?"
+_SHOWN = 200  # characters of a text whose continuation is asked about
 
 EXPLAIN = """\
 You study a single feature of a language model: a direction in its activations that responds to something in text.
@@ -82,6 +84,17 @@ _EXPLAINED = (
         ("He came third in the race.", "In March the treaty was signed."),
         ('" of"', '" day"', '" ("'),
     ),
+)
+
+EXPLAIN_EFFECT = """\
+You study a single feature of a language model by what it does. Below are the ends of texts, and for each the tokens
+that become likelier to come next when the feature is strengthened, with how much their probability rises. Find the one
+pattern that these tokens have in common and say it in a few words. The last line of your answer is
+[EXPLANATION]: your words"""
+
+_EFFECT = (
+    ("She opened the drawer and took out", ((" knife", 0.21), (" spoon", 0.12), (" fork", 0.08)), "cutlery"),
+    ("It was late when we came to the", ((" river", 0.18), (" lake", 0.11), (" sea", 0.05)), "bodies of water"),
 )
 
 DETECT = """\
@@ -179,6 +192,14 @@ def explain_tokens(lines: Sequence[str]) -> tuple[Message, ...]:
     for _, strong, _, answer, _, _ in _EXPLAINED:
         turns += [strong, f"{EXPLANATION} {answer}"]
     return chat(EXPLAIN_TOKENS, *turns, "\n".join(lines))
+
+
+def explain_effect(risen: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> tuple[Message, ...]:
+    """Ask what tokens have in common that become likelier after some texts: (text, (token, rise of probability))."""
+    turns = []
+    for text, tokens, answer in _EFFECT:
+        turns += [_risen([(text, tokens)]), f"{EXPLANATION} {answer}"]
+    return chat(EXPLAIN_EFFECT, *turns, _risen(risen))
 
 
 def detect(explanation: str, passages: Sequence[str]) -> tuple[Message, ...]:
@@ -279,6 +300,14 @@ def _described(explanation: str, passages: Sequence[str]) -> str:
 
 def _wanted(explanation: str, count: int) -> str:
     return f"{DESCRIPTION} {explanation}\n\nTexts to write: {count}"
+
+
+def _risen(risen: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
+    lines = []
+    for number, (text, tokens) in enumerate(risen, 1):
+        lines.append(f"{number}. {one_line(text[-_SHOWN:])}")
+        lines.append("   likelier: " + ", ".join(f"({_quoted(one_line(token))}, {rise:.2f})" for token, rise in tokens))
+    return "\n".join(lines)
 
 
 def _tokens(explanation: str, tokens: Sequence[str]) -> str:

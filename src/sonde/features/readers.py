@@ -11,6 +11,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from sonde.features import questions
@@ -31,6 +32,7 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _EXPLANATION_WORDS = 25
 _REASONING_WORDS = 90
 _SURE = 0.9
+_RISEN = 5
 
 
 def sentence(tokens: Sequence[str]) -> str:
@@ -78,6 +80,9 @@ class LiteralReader:
     def _answer(self, system: str, asked: str, rng: random.Random) -> str:
         if system.startswith((questions.EXPLAIN, questions.EXPLAIN_TOKENS)):
             return f"{questions.EXPLANATION} {sentence(_named(asked))}"
+        if system == questions.EXPLAIN_EFFECT:
+            risen = Counter(re.findall(r'\("((?:[^"\\]|\\.)*)", ', asked))
+            return f"{questions.EXPLANATION} {sentence([token for token, _ in risen.most_common(_RISEN)])}"
         if system == questions.INTRUDE:
             passages = questions.read_numbered(asked)
             right = _odd(passages)
@@ -132,6 +137,8 @@ class CoinReader:
             words = _EXPLANATION_WORDS + _REASONING_WORDS * system.endswith(questions.CHAIN)
             text = f"{questions.EXPLANATION} {' '.join(['word'] * words)}"
             return _completion(text, messages, params, [])
+        if system == questions.EXPLAIN_EFFECT:
+            return _completion(f"{questions.EXPLANATION} word word", messages, params, [])
         if system == questions.INTRUDE:
             return _completion(str(1 + rng.randrange(len(questions.read_numbered(asked)))), messages, params, [])
         _, body = read_description(asked)

@@ -4,14 +4,13 @@ The scorer writes a number of texts; the score is the share in which the latent 
 a window of the corpus makes it fire.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sonde.features import questions
 from sonde.features.cases import Subject
 from sonde.features.scorers.measures import Measure, share
-from sonde.features.scorers.scorer import Scored
+from sonde.features.scorers.scorer import Scored, alone
 from sonde.lm.asking.client import Client
 from sonde.lm.asking.completion import Completion, Params, Unanswered
 
@@ -39,11 +38,11 @@ class Generation:
         params = Params(max_tokens=60 * self.texts)
         again = f"Answer once more with {self.texts} texts on numbered lines, and nothing else."
         try:
-            texts, _ = await client.parsed(questions.generate(explanation, self.texts), params, _read, again)
+            found, _ = await client.parsed(questions.generate(explanation, self.texts), params, _read, again)
         except Unanswered:
-            texts = None
-        texts = (texts or [])[: self.texts]
-        largest = await asyncio.to_thread(self.fires, subject.hookpoint, subject.latent, texts) if texts else []
+            found = None
+        texts = (found or [])[: self.texts]
+        largest = await alone(lambda: self.fires(subject.hookpoint, subject.latent, texts)) if texts else []
         records = [_record(text, value) for text, value in zip(texts, largest, strict=True)]
         records += [_record(None, None) for _ in range(self.texts - len(texts))]
         fired = sum(value > 0 for value in largest)

@@ -4,19 +4,17 @@ Embedding, example-embedding and surprisal are of this kind. What was computed i
 resumed run does not compute it again.
 """
 
-import asyncio
 import hashlib
 import json
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sonde.errors import SondeError
 from sonde.features.cases import Subject
 from sonde.features.local_scores import Ranking
 from sonde.features.samplers import LatentExamples
 from sonde.features.scorers.measures import of_scores
-from sonde.features.scorers.scorer import Scored, record
+from sonde.features.scorers.scorer import Scored, alone, record
 from sonde.lm.asking.client import Client
 
 
@@ -28,7 +26,6 @@ class Ranked:
     rank: Callable[[str, LatentExamples], Ranking]
     explained: bool = True
     logprobs: bool = False
-    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     async def score(self, subject: Subject, explanation: str, client: Client) -> Scored:
         """Rank all held-out windows, in a thread and one latent at a time."""
@@ -38,7 +35,7 @@ class Ranked:
         key = f"{self.name}/{subject.hookpoint}/{subject.latent}/{digest}"
         kept = client.answers.result(key)
         if kept is None:
-            kept = json.dumps(await asyncio.to_thread(self._values, subject, explanation))
+            kept = json.dumps(await alone(lambda: self._values(subject, explanation)))
             client.answers.keep(key, kept)
         values = json.loads(kept)
         records = [
@@ -49,8 +46,7 @@ class Ranked:
         return Scored(records, {"auc": of_scores([v for v, _ in read], [label for _, label in read])}, "auc")
 
     def _values(self, subject: Subject, explanation: str) -> list[float | None]:
-        with self._turn:
-            found = self.rank(explanation, subject.examples)
+        found = self.rank(explanation, subject.examples)
         if len(found.values) != len(subject.test) + len(subject.negatives):
             raise SondeError(f"{self.name} gave {len(found.values)} numbers for another number of windows")
         return [float(value) if value == value and abs(value) != float("inf") else None for value in found.values]

@@ -1,12 +1,16 @@
 """What all scorers have in common: a latent and a sentence go in, a record for each example and measures come out."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sonde.features.cases import Case, Subject
 from sonde.features.scorers.measures import Measure
 from sonde.lm.asking.client import Client
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,19 @@ class Scorer(Protocol):
     async def score(self, subject: Subject, explanation: str, client: Client) -> Scored:
         """Test an explanation ("" where it needs none) on a latent."""
         ...
+
+
+_TURN = threading.Lock()
+
+
+async def alone(work: Callable[[], T]) -> T:
+    """Do something with a model of this process in a thread, nothing else at the time: edits act on all its passes."""
+
+    def locked() -> T:
+        with _TURN:
+            return work()
+
+    return await asyncio.to_thread(locked)
 
 
 def record(case: Case, *, label: bool, kind: str | None = None) -> dict[str, Any]:
