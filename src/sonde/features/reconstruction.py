@@ -31,9 +31,10 @@ LOWEST_DECADE = -7
 class Reconstruction:
     """Numbers of one dictionary; intervals are bootstraps over documents (or rows of text).
 
-    alive: share of latents that fired on at least one of the `tokens`. density: numbers of latents by the base-10
-    logarithm of how often they fire, in bins of a quarter from -7 to 0; those that never fire are left out, rarer ones
-    count in the first bin.
+    relative_bias: None where the output is 0 everywhere. alive: share of latents that fired on at least one of the
+    `tokens`. density: numbers of latents by the base-10 logarithm of how often they fire, in bins of a quarter from -7
+    to 0; those that never fire are left out, rarer ones count in the first bin.
+
     """
 
     tokens: int
@@ -41,7 +42,7 @@ class Reconstruction:
     l0: Interval
     l2_ratio: Interval
     cosine: Interval
-    relative_bias: Interval
+    relative_bias: Interval | None
     alive: float
     density: tuple[int, ...]
 
@@ -119,7 +120,7 @@ class ReconstructionSums:
     def result(self, cluster: Int[np.ndarray, " units"], *, draws: int = 1000, seed: int = 0) -> Reconstruction:
         """All numbers; `cluster` says which document each row of text so far belongs to.
 
-        Raises `ValueError` for fewer than two clusters.
+        Raises `ValueError` for fewer than two clusters, and `SondeError` for a target that is always the same.
         """
         if self._moved is None:
             raise ValueError("no token was taken in: there is nothing to divide by")
@@ -130,6 +131,8 @@ class ReconstructionSums:
         column = dict(zip(_COLUMNS, sums.T.numpy(), strict=True))
         n = float(column["tokens"].sum())
         variance = column["spread"] - column["tokens"] * float((self._moved / n).square().sum())
+        if not variance.sum() > 0:
+            raise SondeError(f"{self.target} is the same at all {round(n):,} tokens: there is no variance to explain")
 
         def ratio(top: np.ndarray, bottom: np.ndarray) -> Interval:
             return ratio_of_sums(top, bottom, draws=draws, seed=seed)
@@ -140,7 +143,7 @@ class ReconstructionSums:
             l0=ratio(column["active"], column["tokens"]),
             l2_ratio=ratio(column["ratio"], column["tokens"]),
             cosine=ratio(column["cosine"], column["tokens"]),
-            relative_bias=ratio(column["output"], column["product"]),
+            relative_bias=ratio(column["output"], column["product"]) if column["output"].any() else None,
             alive=float((self.fires > 0).double().mean()),
             density=density_histogram(self.fires, round(n)),
         )
