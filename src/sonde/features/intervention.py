@@ -1,11 +1,11 @@
 """What does a latent do? Add to it, see which text comes, and ask whether the explanation fits that text better.
 
 A dictionary reads x = decode(f) + error. Adding a to latent i and keeping the error gives x + a W_dec[i], at the last
-token of a prompt and at every token after it, also while decoding from the cache (the original steers the prompt's last
-token alone there). Strengths are comparable by what they do: a is chosen so that the mean KL(clean || steered) of the
-next token hits a target. Setting the latent to zero, x - f_i W_dec[i], has no strength to choose. An explanation's score
-is E[log p(explanation | prompt, steered text) - log p(explanation | prompt, clean text)] in nats over prompts (Paulo et
-al. 2410.13928, section on output-centric scoring).
+token of a prompt and at every token after it, also while decoding from the cache (the original steers only the prompt's
+last token there). Strengths are comparable by what they do: a is chosen so that the mean KL(clean || steered) of the
+next token hits a target. Setting the latent to zero, x - f_i W_dec[i], has no strength to choose. The score of an
+explanation is E[log p(explanation | prompt, steered text) - log p(explanation | prompt, clean text)] in nats over
+prompts (Paulo et al. 2410.13928).
 """
 
 import math
@@ -143,9 +143,7 @@ class NextTokens:
                 if past is None:
                     logits = self._lm(tokens, mask).logits
                 else:
-                    # the prefix is shared, so the first edited token is the last of the prompt
                     copy = past.select(torch.arange(len(tokens)))
-                    copy.prompt = copy.prompt + 1
                     logits = self._lm(tokens[:, -1:], mask[:, -1:], past=copy).logits
             assert logits is not None
             for number, row in zip(numbers, log_probs(logits[:, -1]).cpu(), strict=True):

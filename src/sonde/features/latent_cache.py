@@ -9,7 +9,8 @@ kept, and nothing is kept at the tokens between documents.
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sonde.data.text import describe
 from sonde.errors import SondeError
-from sonde.features.latent_files import TRIPLE, Shards, escaped, sorted_files
+from sonde.features.latent_files import PROGRESS, TRIPLE, Shards, escaped, sorted_files
 from sonde.features.token_matrix import mapped, save_tokens, tokenizer_hash, write_tokens
 from sonde.files import replacing, write_json
 from sonde.lm.batches import TokenBatches
@@ -33,6 +34,7 @@ from sonde.runs.folder import read_json, refuse_other_config
 LEAST = 1e-5
 _VERSION = 1
 _TOKENS = "tokens.safetensors"
+_NOTED = "building.json"
 _LARGEST = float(np.finfo(np.float16).max)
 _COMMIT = 32  # batches between two notes of progress
 
@@ -118,6 +120,8 @@ class LatentCache:
             )
         path, lo = next((path, lo) for lo, hi, path in self._files[hookpoint] if lo <= latent <= hi)
         begin, end = self._array(path, "starts")[latent - lo : latent - lo + 2].tolist()
+        if begin == end:  # an empty slice at the end of an array is refused
+            return Activations(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
         sequence, position, value = (self._array(path, name)[begin:end] for name in ("sequence", "position", "value"))
         return Activations(sequence.astype(np.int64), position.astype(np.int64), value.astype(np.float32))
 
@@ -168,35 +172,33 @@ class LatentCache:
         sites = _sites(lm, dictionaries)
         folder = Path(folder)
         where = [folder / escaped(hookpoint) for hookpoint in dictionaries]
-        lead, shape, digest = write_tokens(lm, text, where[0] / _TOKENS, context=context, limit=tokens, seed=seed)
-        extra = 0 if lead is None else 1
-        if lm.max_positions is not None and shape[1] + extra > lm.max_positions:
-            raise SondeError(
-                f"sequences of {shape[1] + extra} tokens are longer than {lm.name} takes ({lm.max_positions})"
-            )
-        hookpoints = {
-            name: {"site": sites[name], "latents": n_latents(encoder), "encoder": fingerprint(encoder)}
-            for name, encoder in dictionaries.items()
-        }
-        identity = {
-            "version": _VERSION,
-            "model": {"name": lm.name, "hash": lm.hash},
-            "tokenizer": tokenizer_hash(lm.tokenizer),
-            "text": {"source": _called(text), "hash": digest},
-            "sequences": shape[0],
-            "context": shape[1],
-            "seed": seed,
-            "splits": splits,
-            "tokens_per_batch": tokens_per_batch,
-            "hookpoints": hookpoints,
-        }
-        if _begun(folder, identity):
-            return cls(folder)
+        with _fresh(folder) as path:
+            lead, shape, digest = write_tokens(lm, text, path, context=context, limit=tokens, seed=seed)
+            longest = shape[1] + (lead is not None)
+            if lm.max_positions is not None and longest > lm.max_positions:
+                raise SondeError(f"sequences of {longest} tokens are longer than {lm.name} takes ({lm.max_positions})")
+            hookpoints = {
+                name: {"site": sites[name], "latents": n_latents(encoder), "encoder": fingerprint(encoder)}
+                for name, encoder in dictionaries.items()
+            }
+            identity = {
+                "version": _VERSION,
+                "model": {"name": lm.name, "hash": lm.hash},
+                "tokenizer": tokenizer_hash(lm.tokenizer),
+                "text": {"source": _called(text), "hash": digest},
+                "sequences": shape[0],
+                "context": shape[1],
+                "seed": seed,
+                "splits": splits,
+                "tokens_per_batch": tokens_per_batch,
+                "hookpoints": hookpoints,
+            }
+            if _begun(folder, identity, path, where[0]):
+                return cls(folder)
         shards = Shards(folder, {name: n_latents(encoder) for name, encoder in dictionaries.items()}, splits=splits)
+        matrix = mapped(where[0] / _TOKENS, shape)
         try:
-            _encode_all(
-                lm, dictionaries, sites, shards, mapped(where[0] / _TOKENS, shape), lead, tokens_per_batch, progress
-            )
+            _encode_all(lm, dictionaries, sites, shards, matrix, lead, tokens_per_batch, progress)
             shards.sort()
         finally:
             shards.close()
@@ -218,22 +220,22 @@ class LatentCache:
         """
         folder = Path(folder)
         where = [folder / escaped(hookpoint) for hookpoint in triples]
-        where[0].mkdir(parents=True, exist_ok=True)
-        digest = save_tokens(where[0] / _TOKENS, tokens.shape, [np.asarray(tokens)])
         hookpoints = {
             name: {"site": name, "latents": width, "encoder": "given"} for name, (width, _) in triples.items()
         }
-        identity = {
-            "version": _VERSION,
-            "model": None,
-            "tokenizer": tokenizer_hash(tokenizer),
-            "text": {"source": "given tokens", "hash": digest},
-            "sequences": tokens.shape[0],
-            "context": tokens.shape[1],
-            "hookpoints": hookpoints,
-        }
-        if _begun(folder, identity):
-            return cls(folder)
+        with _fresh(folder) as path:
+            digest = save_tokens(path, tokens.shape, [np.asarray(tokens)])
+            identity = {
+                "version": _VERSION,
+                "model": None,
+                "tokenizer": tokenizer_hash(tokenizer),
+                "text": {"source": "given tokens", "hash": digest},
+                "sequences": tokens.shape[0],
+                "context": tokens.shape[1],
+                "hookpoints": hookpoints,
+            }
+            if _begun(folder, identity, path, where[0]):
+                return cls(folder)
         shards = Shards(folder, {name: width for name, (width, _) in triples.items()}, splits=splits)
         shards.begin()
         for name, (width, given) in triples.items():
@@ -291,15 +293,37 @@ def _called(text: Any) -> str:
     return str(text) if isinstance(text, TokenBatches) else describe(text)
 
 
-def _begun(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether the cache of this identity is finished; a new or unfinished one gets its identity noted."""
-    noted, finished = folder / "building.json", folder / "config.json"
+@contextmanager
+def _fresh(folder: Path) -> Iterator[Path]:
+    """A place for a token matrix that is gone afterwards if it was not moved to where it belongs."""
+    path = folder / "tokens.new"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    finally:
+        for left in (path, path.with_suffix(".raw")):
+            left.unlink(missing_ok=True)
+
+
+def _begun(folder: Path, identity: dict[str, Any], tokens: Path, where: Path) -> bool:
+    """Whether the cache of this identity is finished; one that is not gets its identity noted and its tokens."""
+    noted, finished = folder / _NOTED, folder / "config.json"
     for path in (finished, noted):
         if path.exists():
             refuse_other_config(folder, read_json(path), identity)
-    if not finished.exists() and not noted.exists():
+    if finished.exists():
+        _tidy(folder)
+        return True
+    if not noted.exists():
         write_json(noted, identity)
-    return finished.exists()
+    where.mkdir(exist_ok=True)
+    tokens.replace(where / _TOKENS)
+    return False
+
+
+def _tidy(folder: Path) -> None:
+    for name in (_NOTED, PROGRESS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _finish(folder: Path, where: Sequence[Path], identity: dict[str, Any]) -> LatentCache:
@@ -311,7 +335,7 @@ def _finish(folder: Path, where: Sequence[Path], identity: dict[str, Any]) -> La
             except OSError:  # a file system without hard links
                 beside.write_bytes(first.read_bytes())
     write_json(folder / "config.json", identity)
-    (folder / "building.json").unlink()
+    _tidy(folder)
     return LatentCache(folder)
 
 
@@ -335,7 +359,9 @@ def _encode_all(
 ) -> None:
     count, context = tokens.shape
     each = max(1, tokens_per_batch // context)
-    begin = shards.begin()
+    begin = shards.sequences
+    if begin < count:
+        shards.begin()
     special = [getattr(lm.tokenizer, name) for name in ("bos_token_id", "eos_token_id")]
     dropped = torch.tensor([i for i in special if i is not None], dtype=torch.long)
     learning = [encoder for encoder in dictionaries.values() if isinstance(encoder, nn.Module) and encoder.training]

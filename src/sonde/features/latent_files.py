@@ -28,6 +28,7 @@ from sonde.files import replacing, write_json
 TRIPLE = np.dtype([("latent", "<u4"), ("sequence", "<u4"), ("position", "<u2"), ("value", "<f2")])
 _DTYPES = {"I64": "<i8", "U32": "<u4", "U16": "<u2", "F16": "<f2", "I32": "<i4"}
 _RANGE = re.compile(r"(\d+)_(\d+)\.safetensors")
+PROGRESS = "progress.json"
 _LONGEST = 200  # characters of a folder's name
 
 
@@ -102,22 +103,30 @@ class Shards:
         self._folder, self._chunk = folder, chunk
         self._ranges = {hookpoint: ranges(width, splits) for hookpoint, width in latents.items()}
         self._files: dict[tuple[str, int], Any] = {}
-        self._progress = folder / "progress.json"
+        self._progress = folder / PROGRESS
 
-    def begin(self) -> int:
-        """Open the raw files and return the number of sequences that they hold: what came after is cut off."""
-        held: dict[str, Any] = {"sequences": 0, "bytes": {}}
-        if self._progress.exists():
-            held = json.loads(self._progress.read_text(encoding="utf-8"))
+    @property
+    def sequences(self) -> int:
+        """Number of sequences that the raw files are known to hold."""
+        return self._held()["sequences"]
+
+    def begin(self) -> None:
+        """Open the raw files as they were when last noted: what came after is cut off.
+
+        Raises `SondeError` where one is shorter than that.
+        """
+        held = self._held()
         for hookpoint, parts in self._ranges.items():
             for number, (lo, _) in enumerate(parts):
                 raw = self._raw(hookpoint, lo)
                 raw.parent.mkdir(parents=True, exist_ok=True)
-                file = raw.open("ab")
-                file.truncate(held["bytes"].get(f"{hookpoint}:{lo}", 0))
+                file, size = raw.open("ab"), held["bytes"].get(f"{hookpoint}:{lo}", 0)
+                if file.tell() < size:
+                    file.close()
+                    raise SondeError(f"{raw} has lost what was written to it: remove {self._folder} and build it again")
+                file.truncate(size)
                 file.seek(0, os.SEEK_END)
                 self._files[hookpoint, number] = file
-        return held["sequences"]
 
     def add(self, hookpoint: str, triples: np.ndarray) -> None:
         """Append triples, which come in the order of sequences and positions."""
@@ -150,7 +159,11 @@ class Shards:
                 if raw.exists():
                     self._sort_one(raw, lo, hi)
                     raw.unlink()
-        self._progress.unlink(missing_ok=True)
+
+    def _held(self) -> dict[str, Any]:
+        if not self._progress.exists():
+            return {"sequences": 0, "bytes": {}}
+        return json.loads(self._progress.read_text(encoding="utf-8"))
 
     def _raw(self, hookpoint: str, lo: int) -> Path:
         return self._folder / escaped(hookpoint) / f"{lo}.raw"

@@ -34,8 +34,7 @@ def write_tokens(
     """
     if lm.tokenizer is None:
         raise SondeError(f"{lm.name} was made without a tokenizer, so it reads no text")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = path.with_name("tokens.raw")
+    raw = path.with_suffix(".raw")
     count, lead, width, left = 0, None, context, None if limit is None else max(1, limit // context)
     with raw.open("wb") as file:
         for rows, opening in _rows(text, lm.tokenizer, context, limit):
@@ -137,5 +136,6 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 def mapped(path: Path, shape: Sequence[int]) -> Int[np.ndarray, "sequences context"]:
     """The token matrix in a file, mapped from the disk."""
-    size = int.from_bytes(path.open("rb").read(8), "little")
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
     return np.memmap(path, dtype="<i4", mode="r", offset=8 + size, shape=tuple(shape))
