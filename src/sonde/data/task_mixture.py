@@ -1,8 +1,8 @@
 """Tasks as token buffers, and mixtures of them: the batch of a step is a function of the seed and the step alone.
 
-A task is rows to train on and items to be held against: rows that are not trained on, the right token at each place, and
-which places are scored (the first state of a run cannot be known and is not). A mixture gives each task its share of the
-batch; taking tasks out leaves the size of the batch, and their share goes to the others in proportion.
+A task is rows to train on and items to be held against: rows that are not trained on, the right token at each place,
+and which places are scored (the first state of a run cannot be known and is not). A mixture gives each task its share
+of the batch; taking tasks out leaves the size of the batch, and their share goes to the others in proportion.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -8,7 +8,8 @@
 
 A row is a token that names the language and what follows in the language's own alphabet; all languages share one
 vocabulary, so that networks for different mixtures have the same size. What no rule decides (the first state of a run,
-a bracket that may open or close) is not scored. A row of a map holds two runs: of a single run there would be 61 in all.
+a bracket that may open or close) is not scored. A row of a map holds two runs: of a single run there would be 61 in
+all.
 
 Mixtures: A unrelated maps; B the same map in five renderings; C is B with translation between them; D is C with the
 translation of one ordered pair held out. All evaluation items differ from all rows of the training buffers.
@@ -348,7 +349,7 @@ def _task(
     held: int,
     seed: int,
 ) -> Task:
-    """A task of `rows` rows and up to `held` different items, which are no more than a quarter of all that there are."""
+    """A task of `rows` rows and up to `held` different items, no more than a quarter of all that there are."""
     if width < _LEAST_WIDTH or rows < 1 or held < 1:
         raise SondeError(f"rows of {width} tokens, {rows} rows, {held} items: give {_LEAST_WIDTH}, 1 and 1 or more")
     rng = np.random.default_rng((seed, *name.encode()))

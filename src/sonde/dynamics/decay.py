@@ -1,13 +1,13 @@
 """What becomes of a skill when its training stops: stages of training, each on a mixture, that branch from one another.
 
 A stage says what is trained on and for how long: all tasks (joint), all but some (drop), all again (revive). It starts
-from a point, the weights, the optimiser's state and the steps behind it, and ends in another; any number of stages start
-from the same point, so that one joint phase serves all drops, controls and revivals. The batch of a step is that of the
-step counted from the very beginning: a stage cut in two with the state kept is the uncut one, bit for bit.
+from a point, the weights, the optimiser's state and the steps behind it, and ends in another; any number of stages
+start from the same point, so that one joint phase serves all drops, controls and revivals. The batch of a step is that
+of the step counted from the very beginning: a stage cut in two with the state kept is the uncut one, bit for bit.
 
-What is done with the optimiser's state at a switch is a factor of the experiment. Moments of Adam that are kept make the
-first steps of a revival overshoot, so the default is to reset them and to warm up over 20 steps; the learning rate is
-constant otherwise. Every stage is `sonde.nets.loop.train` with the tasks' scores watched on a logarithmic grid.
+What is done with the optimiser's state at a switch is a factor of the experiment. Moments of Adam that are kept make
+the first steps of a revival overshoot, so the default is to reset them and to warm up over 20 steps; the learning rate
+is constant otherwise. Every stage is `sonde.nets.loop.train` with the tasks' scores watched on a logarithmic grid.
 """
 
 import warnings
@@ -28,6 +28,7 @@ from sonde.files import load_bundle, save_bundle
 from sonde.nets.loop import Schedule, Watch, log_steps, train
 
 Switch = Literal["keep", "reset", "decay"]
+Rule = Literal["adamw", "sgd"]
 Penalty = Callable[[nn.Module], Tensor]
 Criterion = Callable[[Mapping[str, float]], bool]
 
@@ -46,15 +47,15 @@ class Learner:
     lr: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Rule = "adamw"
     batch: int = 64
     ends: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.weight_decay < 0 or self.batch < 1 or not 0 <= self.ends <= 1:
             raise SondeError(
-                f"a learning rate of {self.lr}, weight decay {self.weight_decay}, batch {self.batch}, ends {self.ends}: "
-                "give a rate above 0, a decay of 0 or more, a batch of 1 or more, ends from 0 to 1"
+                f"a learning rate of {self.lr}, weight decay {self.weight_decay}, batch {self.batch}, ends {self.ends}"
+                ": give a rate above 0, a decay of 0 or more, a batch of 1 or more, ends from 0 to 1"
             )
         if self.optimizer not in ("adamw", "sgd"):
             raise SondeError(f"optimizer {self.optimizer!r} is unknown: use adamw or sgd")
@@ -178,7 +179,7 @@ class Curve:
         )
 
     def then(self, other: "Curve") -> "Curve":
-        """This stage and one that went on from its end, as one."""
+        """The curve of this stage and of one that went on from its end, as one."""
         last = self.times[-1]
         later = [(last + t, s) for t, s in zip(other.times, other.scores, strict=True) if t > 0]
         times, scores = zip(*later, strict=True) if later else ((), ())
@@ -325,9 +326,10 @@ class Branching:
         per_octave: int = 4,
         checkpoint: Path | None = None,
     ) -> tuple[Point, Curve, bool]:
-        """The joint phase: `steps` steps on all tasks, then blocks of half as many until all are learned, at most
-        `limit` times `steps`. Returns the point, the learning curve, and whether all trained tasks reached
-        `criterion` of whole rows right.
+        """The joint phase: `steps` steps on all tasks, then blocks of half as many until all are learned.
+
+        It takes at most `limit` times `steps`. Returns the point, the learning curve, and whether all trained tasks
+        reached `criterion` of whole rows right.
         """
         names = [name for name in self.joint.trained if not self.scored or name in self.scored]
         block = Stage("joint", steps, per_octave=per_octave)

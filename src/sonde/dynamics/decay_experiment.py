@@ -20,7 +20,7 @@ import numpy as np
 
 from sonde.data.task_mixture import Mixture
 from sonde.data.toy_languages import VOCAB, WIDTH, Name, toy_mixture, with_language
-from sonde.dynamics.decay import Branching, Curve, Learner, Point, Stage, Switch
+from sonde.dynamics.decay import Branching, Curve, Learner, Point, Rule, Stage, Switch
 from sonde.dynamics.decay_metrics import HalfLife, area_under_decay, half_life, reached, savings, skill
 from sonde.errors import SondeError
 from sonde.nets.transformer import Transformer, TransformerShape
@@ -56,7 +56,7 @@ class Setting:
     dropout: float = 0.0
     lr: float = 1e-3
     weight_decay: float = 0.01
-    optimizer: str = "adamw"
+    optimizer: Rule = "adamw"
     steps: int = 900
     limit: int = 1
     drop_steps: int = 256
@@ -71,8 +71,8 @@ class Setting:
     def __post_init__(self) -> None:
         if self.steps < 2 or self.drop_steps < 2 or self.limit < 1:
             raise SondeError(
-                f"{self.steps} joint steps, {self.drop_steps} after the drop, a limit of {self.limit}: give 2, 2 and 1 or "
-                "more"
+                f"{self.steps} joint steps, {self.drop_steps} after the drop, a limit of {self.limit}: "
+                "give 2, 2 and 1 or more"
             )
         for time in self.revive_from:
             if not 0 < time < self.drop_steps:
@@ -107,8 +107,9 @@ class Setting:
     def branching(self) -> Branching:
         """The network, its mixture and its learner, before the first step."""
         shape = TransformerShape(VOCAB, width=self.width, layers=self.layers, context=WIDTH, dropout=self.dropout)
-        learner = Learner(self.lr, self.weight_decay, optimizer=self.optimizer, batch=self.batch)  # type: ignore[arg-type]
-        return Branching(module=Transformer(shape, seed=self.seed), joint=self.joint(), learner=learner, seed=self.seed)
+        learner = Learner(self.lr, self.weight_decay, optimizer=self.optimizer, batch=self.batch)
+        net = Transformer(shape, seed=self.seed)
+        return Branching(module=net, joint=self.joint(), learner=learner, seed=self.seed)
 
 
 @dataclass(frozen=True)

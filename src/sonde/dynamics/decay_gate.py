@@ -2,15 +2,15 @@
 
     masked readout    logits limited to the task's alphabet
     linear readout    a softmax probe for the next symbol, on the last stream of the frozen network
-    light revival     training all tasks again with almost everything frozen: unembedding and norms, or changes of rank 1
-    graft             one module at a time replaced by its copy from before: the share of the skill that comes back
+    light revival     training all tasks again with almost everything frozen: unembedding and norms, or changes of rank
+    1 graft             one module at a time replaced by its copy from before: the share of the skill that comes back
     interpolation     loss between the weights before and after, above the straight line between the two: a barrier
     CKA               of the streams before and after, on the task's items
 
     gating index      g = (s_best - s) / (1 - s)     s_best: the best of masked, linear and light revival
 
-g >= 0.7: gated. g <= 0.3: scrambled. Else mixed. s is the normalised skill (`sonde.dynamics.decay_metrics`), each reading
-against the floor of its own kind. CKA is linear, of centred rows (Kornblith et al. 2019, arXiv:1905.00414).
+g >= 0.7: gated. g <= 0.3: scrambled. Else mixed. s is the normalised skill (`sonde.dynamics.decay_metrics`), each
+reading against the floor of its own kind. CKA is linear, of centred rows (Kornblith et al. 2019, arXiv:1905.00414).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +65,7 @@ class Gate:
 
 
 def gating_index(skill: float, best: float) -> float:
-    """g = (s_best - s) / (1 - s). Raises `SondeError` for a skill that is not lost."""
+    """The index g = (s_best - s) / (1 - s). Raises `SondeError` for a skill that is not lost."""
     if skill >= 1:
         raise SondeError(f"the skill is {skill:.3g} of what it was: nothing is lost that could be gated or scrambled")
     return (best - skill) / (1 - skill)
@@ -133,7 +133,7 @@ def gate(
 
 
 def linear_readout(module: nn.Module, task: Task) -> float:
-    """Loss in nats, on the task's items, of a softmax probe on the last stream, fitted to rows that it was trained on."""
+    """Loss in nats, on the task's items, of a softmax probe on the last stream, fitted to rows of its training."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -224,5 +224,6 @@ def _revived_by_rank(branching: Branching, after: Point, steps: int) -> Curve:
 def _streams(module: nn.Module, tasks: Sequence[Task]) -> list[Tensor]:
     """Streams at every point of the network on the items of some tasks, at scored places, one matrix for each."""
     with torch.no_grad():
-        found = [[stream[:, :-1][task.scored[:, 1:]] for stream in module.streams(task.held)] for task in tasks]  # type: ignore[operator]
+        streams = [module.streams(task.held)[:, :, :-1] for task in tasks]  # type: ignore[operator]
+    found = [[points[task.scored[:, 1:]] for points in own] for own, task in zip(streams, tasks, strict=True)]
     return [torch.cat(layer) for layer in zip(*found, strict=True)]

@@ -1,4 +1,4 @@
-"""How fast does a skill go, how much is left, how cheaply does it come back? Numbers of one curve, or of a score matrix.
+"""How fast does a skill go, how much is left, how cheaply does it come back? Numbers of a curve, or a score matrix.
 
 skill             s_t = (floor - loss_t) / (floor - loss_0); floor: the loss of a network never trained on the task
 half-life         first crossing of ½, linear in log2(1 + t); ">M" where there is none in M steps
@@ -234,7 +234,7 @@ def plasticity(module: nn.Module, tokens: Tensor, *, steps: int | None = None, s
 
 
 def compare_budgets(first: int, second: int, *, forced: bool = False) -> None:
-    """Raise `SondeError` where two trainings that are compared read different numbers of tokens, unless it is forced."""
+    """Raise `SondeError` where trainings that are compared read different numbers of tokens, unless `forced`."""
     if first != second and not forced:
         raise SondeError(
             f"the mixtures read {first} and {second} tokens: a comparison would be of budgets; match them, or force it"

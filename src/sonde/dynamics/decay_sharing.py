@@ -75,7 +75,10 @@ def cross_cka(
     x, y = module.streams(a)[:, :, 1:], module.streams(b)[:, :, 1:]  # type: ignore[operator]
     x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     other = y[:, torch.randperm(len(b), generator=torch.Generator().manual_seed(seed))]
-    return tuple(tuple(cka(p.flatten(0, 1), q.flatten(0, 1)) for p, q in zip(x, z, strict=True)) for z in (y, other))  # type: ignore[return-value]
+    same, control = (
+        tuple(cka(p.flatten(0, 1), q.flatten(0, 1)) for p, q in zip(x, z, strict=True)) for z in (y, other)
+    )
+    return same, control
 
 
 @torch.no_grad()

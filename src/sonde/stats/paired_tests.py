@@ -1,8 +1,9 @@
 """Do pairs differ, when there are few of them and several questions are asked?
 
 Sign flips: under the null the sign of each difference is a coin, so that p is the share of all 2^n sign patterns whose
-mean is as far from 0 as the one seen (Fisher 1935). With n pairs it cannot be below 2 / 2^n. Holm (1979): of m tests the
-smallest p is multiplied by m, the next by m - 1, and so on, never decreasing; that holds the chance of any false claim.
+mean is as far from 0 as the one seen (Fisher 1935). With n pairs it cannot be below 2 / 2^n. Holm (1979): of m tests
+the smallest p is multiplied by m, the next by m - 1, and so on, never decreasing; that holds the chance of any false
+claim.
 """
 
 import itertools
