@@ -15,6 +15,7 @@ at its top. The counts are `sonde.stats.ngram_tables`; no loop runs over tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -125,10 +126,8 @@ class NgramModel:
         check_ids(array, self.vocab_size)
         top = min(len(orders), array.shape[1] + 1)
         weight = np.ones(len(array))
-        rows: list[np.ndarray] = []
-        tokens: list[np.ndarray] = []
-        values: list[np.ndarray] = []
-        for k in range(top, 0, -1):
+        found: list[_Found] = []
+        for k in range(top, 1 if self.smoothing != "none" else top - 1, -1):
             table = orders[k - 1]
             counts = table.occurrences if k == top else table.lower
             node = self.tables.find(array[:, array.shape[1] - k + 1 :])
@@ -137,18 +136,21 @@ class NgramModel:
                 if unseen == "raise" and (node < 0).any():
                     first = int(np.flatnonzero(node < 0)[0])
                     raise _no_continuation(array[first, array.shape[1] - k + 1 :], f"row {first}")
-            elif k == 1:
-                break
-            begins, picked = children(table.level, node)
-            row = np.repeat(np.arange(len(array)), np.diff(begins))
-            rows.append(row)
-            tokens.append(table.level.tokens[picked].astype(np.int64))
-            values.append(weight[row] * counts.share(node[row], picked))
-            if self.smoothing == "none":
-                weight[:] = 0
-                break
-            weight *= np.where(node < 0, 1.0, counts.freed[node])
-        return NgramRows.of(rows, tokens, values, rest=weight, base=self._base(top, len(orders)))
+            found.append(_Found(table.level, node, *children(table.level, node), counts, weight))
+            weight = weight * np.where(node < 0, 1.0, counts.freed[node])
+        if self.smoothing == "none":
+            weight = np.zeros(len(array))
+        base = self._base(top, len(orders))
+        if not found:
+            return NgramRows.of(np.zeros(len(array) + 1, np.int64), np.zeros(0, np.int64), np.zeros(0), weight, base)
+        support = found[-1]
+        values = support.values()
+        for longer in found[:-1]:
+            # an n-gram without its first token is in the table below, so all that follows here follows there too
+            row = longer.row
+            at = support.level.find(support.node[row], longer.level.tokens[longer.picked])
+            values[at - support.level.offsets[support.node[row]] + support.begins[row]] += longer.values()
+        return NgramRows.of(support.begins, support.level.tokens[support.picked], values, weight, base)
 
     def predictions(
         self,
@@ -244,6 +246,7 @@ class _Counts:
     total: Int[np.ndarray, " contexts"]
     freed: Float[np.ndarray, " contexts"]
     discounts: Float[np.ndarray, " 4"]
+    _shares: Float[np.ndarray, " ngrams"] | None = None
 
     @classmethod
     def of(
@@ -273,16 +276,44 @@ class _Counts:
         """Probability given the longer context from that given the shorter one."""
         return self.share(context, ngram) + self.freed[context] * p
 
-    @property
+    def shares(self, level: Level) -> Float[np.ndarray, " ngrams"]:
+        """`share` of all n-grams, computed once."""
+        if self._shares is None:
+            self._shares = self.share(level.parents, slice(None))
+        return self._shares
+
+    @cached_property
     def cumulative(self) -> Float[np.ndarray, " ngrams+1"]:
         """Running sum of the discounted counts, from 0."""
-        if not hasattr(self, "_cumulative"):
-            self._cumulative = np.concatenate([[0.0], np.cumsum(self.n - self.discounts[np.minimum(self.n, 3)])])
-        return self._cumulative
+        return np.concatenate([[0.0], np.cumsum(self.n - self.discounts[np.minimum(self.n, 3)])])
 
     def bounds(self, level: Level, node: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
         """Where the continuations of contexts begin and end in `cumulative`."""
         return self.cumulative[level.offsets[node]], self.cumulative[level.offsets[node + 1]]
+
+
+@dataclass
+class _Found:
+    """What one table says after each of many contexts: the index of the context, what follows it, and its weight."""
+
+    level: Level
+    node: Int[np.ndarray, " n"]
+    begins: Int[np.ndarray, " n+1"]
+    picked: Int[np.ndarray, " nonzero"]
+    counts: _Counts
+    weight: Float[np.ndarray, " n"]
+
+    @property
+    def row(self) -> Int[np.ndarray, " nonzero"]:
+        """The context that each n-gram continues."""
+        return np.repeat(np.arange(len(self.node)), np.diff(self.begins))
+
+    def values(self) -> Float[np.ndarray, " nonzero"]:
+        """The part of the probability that comes from this table."""
+        shares = self.counts.shares(self.level)[self.picked]
+        if (self.weight != 1).any():
+            shares *= np.repeat(self.weight, np.diff(self.begins))
+        return shares
 
 
 @dataclass

@@ -9,7 +9,6 @@ logits y, log q = y - logsumexp(y), and with S the non-zeros of s:
 so it takes the non-zeros, one product b . y and one logsumexp a row. Jensen-Shannon likewise where r = 0.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,29 +34,18 @@ class NgramRows:
     @classmethod
     def of(
         cls,
-        rows: Sequence[Int[np.ndarray, " nonzero"]],
-        tokens: Sequence[Int[np.ndarray, " nonzero"]],
-        values: Sequence[Float[np.ndarray, " nonzero"]],
-        *,
+        begins: Int[np.ndarray, " n+1"],
+        tokens: Int[np.ndarray, " nonzero"],
+        values: Float[np.ndarray, " nonzero"],
         rest: Float[np.ndarray, " n"],
         base: Float[np.ndarray, " vocab"],
     ) -> "NgramRows":
-        """Rows from one or several sparse matrices, which are added up."""
-        if len(rows) == 1:
-            row, token, value = rows[0], tokens[0], values[0]
-        elif rows:
-            place = np.concatenate(rows) * len(base) + np.concatenate(tokens)
-            order = np.argsort(place)
-            place, value = place[order], np.concatenate(values)[order]
-            firsts = np.flatnonzero(np.diff(place, prepend=-1))
-            value = np.add.reduceat(value, firsts) if len(firsts) else value
-            row, token = np.divmod(place[firsts], len(base))
-        else:
-            row, token, value = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-        if not value.all():
-            row, token, value = row[value > 0], token[value > 0], value[value > 0]
-        begins = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(rest)))])
-        return cls(*(torch.from_numpy(np.ascontiguousarray(one)) for one in (begins, token, value, rest, base)))
+        """Rows from arrays; what a discount left nothing of is dropped."""
+        if not values.all():
+            kept = values > 0
+            begins = np.concatenate([[0], np.cumsum(kept)])[begins]
+            tokens, values = tokens[kept], values[kept]
+        return cls(*(torch.from_numpy(one) for one in (begins, tokens.astype(np.int64), values, rest, base)))
 
     def __len__(self) -> int:
         return len(self.rest)
