@@ -157,7 +157,7 @@ class Dictionary(nn.Module):
         flat = values.new_zeros(pattern.n * width).index_put((place,), values)
         indices = torch.zeros_like(flat, dtype=torch.int64).index_put((place,), pattern.latents)
         slots = (*x.shape[:-1], width)
-        return Sparse(flat.reshape(slots), indices.reshape(slots))
+        return Sparse(flat.reshape(slots), torch.where(flat > 0, indices, 0).reshape(slots))
 
     def decode(self, sparse: Sparse) -> Float[Tensor, "... outputs"]:
         """Σ_i f_i W_dec[i] + b_dec, without a skip: what the latents alone say. Gradients reach values and weights."""

@@ -35,6 +35,8 @@ def folded_scale(dictionary: Dictionary, scale: float, *, target: float | None =
     folded.b_dec /= to
     if folded.w_skip is not None:
         folded.w_skip *= scale / to
+    if folded.threshold is not None and folded.design.ranked_by_norm:
+        folded.threshold /= to  # it is compared with pre times the norm of a row that has become shorter
     return folded
 
 

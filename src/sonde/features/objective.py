@@ -170,7 +170,7 @@ def _code(part: Part, config: StepConfig, k: int | None) -> Code:
         ranks = values.detach() if worth is None else values.detach() * worth[pattern.latents]
         smallest = ranks[fires].min() if bool(fires.any()) else None
     outputs = _prefixes(dictionary, active)
-    return Code(outputs, wider, None, None, fired, fires.sum() / pattern.n, smallest)
+    return Code(outputs, wider, None, None, fired, fires.sum().double() / pattern.n, smallest)
 
 
 def _prefixes(dictionary: Dictionary, active: Active) -> list[Tensor]:
@@ -220,7 +220,7 @@ def _dense_code(part: Part, config: StepConfig) -> Code:
     else:
         penalty = _l0_penalty(dictionary, pre, config)
     output = values @ dictionary.w_dec
-    return Code([output], None, gates, penalty, fires.any(0), fires.sum() / len(values), None)
+    return Code([output], None, gates, penalty, fires.any(0), fires.sum().double() / len(values), None)
 
 
 def _l0_penalty(dictionary: Dictionary, pre: Tensor, config: StepConfig) -> Tensor:

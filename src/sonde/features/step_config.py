@@ -27,8 +27,8 @@ class StepConfig:
         norm: "project" keeps decoder rows at length 1: the gradient along a row is taken out, and the row is divided by
             its length after the step; "free" leaves them. By default "free" for transcoders, crosscoders and designs
             that rank by norm, whose lengths mean something, and for kinds whose penalty weighs by them.
-        reconstruction: "fvu", Σ‖y - ŷ‖² / Σ‖y - ȳ‖²; "mse", Σ‖y - ŷ‖² / n, the scale on which published λ are. By default
-            "fvu" for kinds with k, "mse" for others.
+        reconstruction: "fvu", Σ‖y - ŷ‖² / Σ‖y - ȳ‖²; "mse", Σ‖y - ŷ‖² / n, the scale of published λ. By default "fvu"
+            for kinds with k, "mse" for others.
         micro_rows: rows that are gone through at once, their gradients added; denominators are the whole batch's.
         aux_weight: weight of the auxiliary loss of dead latents; 1/32 for "topk", "batchtopk" and "matryoshka". It
             revives latents; where there are many more latents than there is to find, it makes the error larger.
@@ -37,14 +37,14 @@ class StepConfig:
         dead_after: tokens without firing after which a latent is dead.
         sparsity: λ of kinds without k; 0.1, and 1 for "jumprelu".
         sparsity_warmup: steps in which λ rises from 0.
-        penalty: "l1" (Σ f, times the norms where these are free) for "relu" and "gated"; of "jumprelu", with L0 the mean
-            over the batch: "l0" is λ L0, "l0_target" λ (L0/L0* - 1)², "l0_quadratic" (2λ/L0*)(L0 - L0*)², "tanh"
+        penalty: "l1" (Σ f, times the norms where these are free) for "relu" and "gated"; of "jumprelu", with L0 the
+            mean over the batch: "l0" is λ L0, "l0_target" λ (L0/L0* - 1)², "l0_quadratic" (2λ/L0*)(L0 - L0*)², "tanh"
             λ Σ tanh(c f ‖W_dec‖).
         target_l0, tanh_scale: L0* and c of these.
         dead_penalty: weight of Σ relu(θ - pre) ‖W_dec‖ over dead latents; "jumprelu" only.
         k_start, k_steps: k falls linearly from `k_start` to the design's in `k_steps` steps; None: no annealing.
-        threshold_decay, threshold_start: of θ of kinds that choose across rows: the moving average of the smallest value
-            that is kept, from this step.
+        threshold_decay, threshold_start: of θ of kinds that choose across rows: the moving average of the smallest
+            value that is kept, from this step.
 
     Raises:
         ValueError: for a field that does not fit; the message names it.
