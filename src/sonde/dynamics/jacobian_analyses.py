@@ -1,8 +1,8 @@
-"""What the directions of a training Jacobian do: how final weights answer to them, and what the function makes of them.
+"""What the directions of a training Jacobian do: how weights answer to them, and what the function makes of them.
 
-    response            train again from θ₀ + s v: r = ⟨Δθ_T, w⟩ / ‖w‖ against s ‖w‖, w = Jv, and what is orthogonal to w
+    response            train again from θ₀ + s v: r = ⟨Δθ_T, w⟩ / ‖w‖ against s ‖w‖ (w = Jv), and what is orthogonal
     functional_effect   KL(p_θ ‖ p_{θ + v}) for a unit step along each direction, its maximum and mean over inputs
-    parameter_function  P = ∂ outputs(X; θ) / ∂θ, one row for each input and output; its null space is what X cannot see
+    parameter_function  P = ∂ outputs(X; θ) / ∂θ, a row for each input and output; its null space is what X cannot see
     restricted          training of c in θ = θ₀ + Bc, from c = 0, by the same recipe, for subspaces B of many sizes
 
 Trainings that differ by where they start, or in which subspace they move, run as one batch in one training loop.
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
+from sonde.dynamics.fused_mlp import fusible
 from sonde.dynamics.training_map import TrainingMap
 from sonde.dynamics.update_rules import RuleOptimizer
 from sonde.errors import SondeError
@@ -85,6 +86,29 @@ class _Cohort(nn.Module):
             progress=progress,
         )
         return self.thetas().detach()
+
+
+def invariants(map: TrainingMap) -> tuple[Float[Tensor, "N a"], Float[Tensor, "N b"]]:
+    """Directions that training of a perceptron on labels must carry through unchanged: a known truth for every J.
+
+    First the weights of inputs that are 0 in every row, then equal shifts of all outputs' weights from one hidden unit
+    and of all outputs' biases, which the softmax does not see. The second are kept by gradient descent, not by Adam;
+    neither is under a penalty. Raises `SondeError` for other modules.
+    """
+    if not fusible(map):
+        raise SondeError(f"{type(map.module).__name__} is no perceptron under cross entropy: invariants unknown")
+    weights = [p for p in map.module.parameters() if p.ndim == 2]
+    hidden, n_in = weights[0].shape
+    classes, last = weights[-1].shape
+    still = (map.inputs == 0).all(0).nonzero()[:, 0]
+    rows = (torch.arange(hidden)[:, None] * n_in + still).flatten()
+    pixels = torch.zeros(map.n, len(rows), dtype=map.start.dtype)
+    pixels[rows, torch.arange(len(rows))] = 1
+    shifts = torch.zeros(map.n, last + 1, dtype=map.start.dtype)
+    first = map.n - classes * (last + 1)
+    shifts[first : map.n - classes] = torch.eye(last, last + 1, dtype=map.start.dtype).repeat(classes, 1)
+    shifts[map.n - classes :, last] = 1
+    return pixels, shifts / classes**0.5
 
 
 def retrain(map: TrainingMap, starts: Float[Tensor, "m N"], *, progress: str | None = None) -> Float[Tensor, "m N"]:
@@ -180,8 +204,8 @@ def restricted(
     """
     if basis.ndim != 2 or len(basis) != map.n or masks.shape[1] != basis.shape[1] or not masks.any(1).all():
         raise SondeError(
-            f"a basis of shape {tuple(basis.shape)} and masks {tuple(masks.shape)}: give [{map.n:,}, k] and [m, k], and "
-            "at least one direction in every mask"
+            f"a basis of shape {tuple(basis.shape)} and masks {tuple(masks.shape)}: give [{map.n:,}, k] and "
+            "[m, k], and at least one direction in every mask"
         )
     zeros = torch.zeros(len(masks), basis.shape[1], dtype=basis.dtype)
     groups = [slice(None)] if map.clean else [slice(i, i + 1) for i in range(len(masks))]

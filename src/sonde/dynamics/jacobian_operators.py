@@ -1,7 +1,7 @@
 """The spectrum of a Jacobian that is too large to form: from products with it and its transpose alone.
 
-    top_singular        block Lanczos from a random start (block Krylov): span{Ω, (JᵀJ)Ω, …, (JᵀJ)^q Ω}, then the SVD of J
-                        on it (Musco & Musco 2015, arXiv:1504.05477)
+    top_singular        block Lanczos from a random start (block Krylov): span{Ω, (JᵀJ)Ω, …, (JᵀJ)^q Ω}, then the SVD of
+                        J on it (Musco & Musco 2015, arXiv:1504.05477)
     spectral_density    stochastic Lanczos quadrature on JᵀJ: from a random unit vector z, m steps give a tridiagonal
                         matrix whose eigenvalues θ and squared first components τ are the nodes and weights of a density
                         with the right first 2m moments (Ubaru, Chen & Saad 2017)

@@ -78,7 +78,7 @@ class Spectrum:
         return (self.u * self.v).sum(0)
 
     def directions(self, region: Region, k: int) -> Float[Tensor, "N k"]:
-        """k right vectors: the most or (complement) the least bulk-like, the most chaotic, the most stable.
+        """Right vectors: the k most or (complement) the least bulk-like, the most chaotic, the most stable.
 
         Raises `SondeError` for k outside 1 … N.
         """
