@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
+from tqdm import tqdm
 
-from sonde.features.samplers import LatentExamples
+from sonde.features.latent_cache import LatentCache
+from sonde.features.samplers import LatentExamples, Sampling, examples
 from sonde.features.windows import Window
 
 _MOST = 20
@@ -92,6 +94,44 @@ def lexical_score(explanation: TokenSet, examples: LatentExamples) -> LexicalSco
         positives=len(found),
         negatives=len(mistaken),
     )
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """One latent of a survey: its explanation and score, or the reason why there is none.
+
+    `dealt` is the balanced accuracy of another latent's explanation on this one's windows: the control.
+    """
+
+    latent: int
+    explanation: TokenSet | None = None
+    score: LexicalScore | None = None
+    dealt: float | None = None
+    reason: str = ""
+
+
+def lexical_survey(
+    cache: LatentCache,
+    hookpoint: str,
+    latents: Sequence[int],
+    *,
+    config: Sampling | None = None,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[Surveyed]:
+    """Explain and score latents; those too rare or too dense are listed with their reason."""
+    found: list[Surveyed] = []
+    before: TokenSet | None = None
+    for latent in tqdm(latents, desc=progress, disable=progress is None, unit="latent"):
+        one = examples(cache, hookpoint, latent, config=config, seed=seed)
+        if not isinstance(one, LatentExamples):
+            found.append(Surveyed(latent, reason=one.reason))
+            continue
+        explanation = lexical_explanation(one)
+        dealt = None if before is None else lexical_score(before, one).balanced_accuracy
+        found.append(Surveyed(latent, explanation, lexical_score(explanation, one), dealt))
+        before = explanation
+    return found
 
 
 def _presence(windows: Sequence[Window], candidates: Int[np.ndarray, " k"]) -> Bool[np.ndarray, "k n"]:

@@ -6,6 +6,8 @@ the k largest are kept (k = 32 in Paulo et al. 2410.13928), of the neurons thems
 with k None every positive one is.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ class MLPNeurons:
         layer: number of the block.
         k: neurons kept a token; None for all that are positive.
         rotation: seed of a random rotation of the neurons; None for the neurons themselves.
+        only: with k None, the neurons that are given; every positive one of all neurons would fill a disk.
 
     Raises:
         SondeError: for a block without an MLP of one last projection, such as a mixture of experts, and for k out of
@@ -36,7 +39,15 @@ class MLPNeurons:
 
     """
 
-    def __init__(self, lm: LanguageModel, layer: int, *, k: int | None = 32, rotation: int | None = None) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layer: int,
+        *,
+        k: int | None = 32,
+        rotation: int | None = None,
+        only: Sequence[int] | None = None,
+    ) -> None:
         self.site = lm.match(f"mlp_in.{layer}")[0]
         mlp = lm.structure.mlps[layer]
         found = None if mlp is None or isinstance(mlp, nn.Linear) else _last_projection(mlp, lm.d_model)
@@ -46,6 +57,9 @@ class MLPNeurons:
         self._name, self.layer, self.k, self.rotation = lm.name, layer, k, rotation
         if k is not None and not 1 <= k <= self.latents:
             raise SondeError(f"k is {k}: block {layer} of {lm.name} has {self.latents} neurons")
+        if only is not None and (k is not None or not set(only) <= set(range(self.latents))):
+            raise SondeError(f"only takes neurons from 0 to {self.latents - 1}, and k None")
+        self.only = None if only is None else tuple(sorted(set(only)))
         self._rotate: Tensor | None = None
         if rotation is not None:
             generator = torch.Generator().manual_seed(rotation)
@@ -55,15 +69,16 @@ class MLPNeurons:
             self._rotate = (q * r.diagonal().sign()).float().to(lm.device)
 
     def __repr__(self) -> str:
-        return f"MLPNeurons({self._name!r}, {self.layer}, k={self.k}, rotation={self.rotation})"
+        return f"MLPNeurons({self._name!r}, {self.layer}, k={self.k}, rotation={self.rotation}, only={self.only})"
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "... d"]) -> Sparse:
         """The neurons of what an MLP is given: the k largest, none below 0."""
         rows = self.values(x)
         if self.k is None:
-            indices = torch.arange(self.latents, device=rows.device).expand(rows.shape)
-            return Sparse(rows.relu(), indices)
+            chosen = torch.tensor(range(self.latents) if self.only is None else self.only, device=rows.device)
+            values = rows[..., chosen].relu()
+            return Sparse(values, chosen.expand(values.shape))
         values, indices = rows.topk(self.k, dim=-1)
         return Sparse(values.relu(), indices)
 
