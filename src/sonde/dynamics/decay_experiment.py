@@ -197,6 +197,7 @@ class Unit:
                 row |= {f"half_life_{name}": None, f"why_{name}": str(error)}
         if "continued" in self.curves and row.get("half_life_skill") is not None:
             row["continued_skill"] = float(self.skill(stage="continued")[1][-1])
+        row |= self._held_out()
         for since in self.revivals:
             try:
                 row[f"savings_{since}"], row[f"savings_sign_{since}"] = self.savings(since)
@@ -205,10 +206,31 @@ class Unit:
         return row
 
     def _trained(self, name: str) -> bool:
-        return not (self.setting.mixture == "D" and name == self._held_out_pair())
+        return self.setting.mixture != "D" or name != self._pairs()[0]
 
-    def _held_out_pair(self) -> str:
-        return next((name for name in self.curves["joint"].scores[-1] if ">" in name), "")
+    def _pairs(self) -> list[str]:
+        """All translations; in mixture D the first is the one that is held out."""
+        return [name for name in self.curves["joint"].scores[-1] if ">" in name]
+
+    def _held_out(self) -> dict[str, Any]:
+        """In mixture D: zero-shot translation of the held-out pair before and after, and where it can be had its
+        half-life beside that of the trained pairs that were dropped.
+        """
+        if self.setting.mixture != "D":
+            return {}
+        held, *others = self._pairs()
+        curve = self.curves["dropped"]
+        own = curve.of(held)
+        row = {"zero_shot_before": float(own[0]), "zero_shot_middle": float(own[len(own) // 2]),
+               "zero_shot_after": float(own[-1])}  # fmt: skip
+        dropped = [name for name in others if name in self.dropped]
+        if dropped:
+            for key, values in (("held_out", own), ("pair", curve.mean(dropped))):
+                try:
+                    row[f"{key}_half_life"] = half_life(curve.times, values).time
+                except SondeError:
+                    row[f"{key}_half_life"] = None
+        return row
 
     def rows(self) -> list[dict[str, Any]]:
         """All scores of all stages as rows of a tidy table."""
