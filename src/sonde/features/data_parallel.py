@@ -2,8 +2,9 @@
 
 Under torchrun process r of w reads batches r, r + w, … Each takes the gradient of its rows, with sums of squares of all
 processes' rows in the denominators; the gradients are added up, so that parameters stay equal to the bit and a step is
-that of one process on all the rows. Only what chooses across rows (BatchTopK, Matryoshka) chooses among a process's
-own. Backends are gloo on a CPU and NCCL on CUDA.
+that of one process on all the rows. Only what is said of a batch as a whole is said of a process's own rows: which
+latents BatchTopK and Matryoshka choose, and how far JumpReLU's L0 is from its aim. Backends are gloo on a CPU and
+NCCL on CUDA.
 """
 
 from collections.abc import Sequence

@@ -115,20 +115,17 @@ class InputScale:
     def folded(self, dictionary: Dictionary, target: "InputScale | None" = None) -> Dictionary:
         """The dictionary of x, of one that was trained on x' (and, a transcoder, to give what `target` makes of y).
 
-        One that chooses across rows by norm becomes the JumpReLU that it is, with a threshold for each latent. Raises
-        `SondeError` where the map cannot be folded: it would change norms that the choice depends on.
+        Under a map, one that chooses across rows by norm becomes the JumpReLU that it is, with a threshold for each
+        latent. Raises `SondeError` where a map cannot be folded: it would change norms that the choice depends on.
         """
         target = target or self
         if self.is_identity and target.is_identity:
             return dictionary
-        plain = self._affine is None and target._affine is None
-        design = dictionary.design
-        if design.ranked_by_norm and design.chooses_across_rows and float(dictionary.threshold or 0) > 0:
-            dictionary = dictionary.as_jumprelu()
-        elif not plain:
-            foldable(design)
-        if plain:
+        if self._affine is None and target._affine is None:
             return dictionary.folded_scale(self.factor, target=target.factor)
+        foldable(dictionary.design)
+        if dictionary.design.ranked_by_norm:
+            dictionary = dictionary.as_jumprelu()
         return self._folded_map(dictionary, target)
 
     @torch.no_grad()

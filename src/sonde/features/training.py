@@ -95,7 +95,7 @@ def train_dictionaries(
     path = None if checkpoint is None else Path(checkpoint)
     saved = _saved(path, identity)
     if saved is None:
-        samples = _samples(lm, batches, sites, selection, processes)
+        samples = measured(lm, batches, sites, selection, processes)
         trainees = [Trainee(plan, steps, processes, samples) for plan in plans]
     else:
         trainees = [Trainee(plan, steps, processes) for plan in plans]
@@ -209,7 +209,7 @@ def _steps(
     return min(asked, most), asked > most
 
 
-def _samples(
+def measured(
     lm: LanguageModel, batches: TokenBatches, sites: Sequence[str], selection: Selection, processes: Processes
 ) -> dict[str, Sample]:
     """Means and sizes of every site's rows, over all processes."""
@@ -218,10 +218,14 @@ def _samples(
     while passes.tokens < _SAMPLE and (rows := passes.next_rows()) is not None:
         parts.append(rows)
     samples = {site: Sample.of(torch.cat([part[site] for part in parts])) for site in sites}
-    measured = [tensor for sample in samples.values() for tensor in sample.tensors()]
-    processes.sum_(measured)
-    for tensor in measured:
-        tensor /= processes.world
+    if processes.world > 1:
+        share = torch.tensor(float(passes.tokens), dtype=torch.float64, device=lm.device)
+        tensors = [tensor for sample in samples.values() for tensor in sample.tensors()]
+        for tensor in tensors:
+            tensor *= share
+        processes.sum_([*tensors, share])
+        for tensor in tensors:
+            tensor /= share
     return samples
 
 
