@@ -86,6 +86,28 @@ class Given:
         return Explanation(text) if text else Explanation(None, failed="no explanation was given")
 
 
+def read_explanations(path: str | Path) -> dict[tuple[str, int], str]:
+    """Sentences by (hookpoint, latent) from an explanations.jsonl; those that failed are left out.
+
+    Raises `SondeError` for a file that is missing or has other lines.
+    """
+    found: dict[tuple[str, int], str] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise SondeError(f"{path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            one = json.loads(line)
+            if one["explanation"] is not None:
+                found[one["hookpoint"], int(one["latent"])] = str(one["explanation"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SondeError(
+                f"{path}, line {number}: expected an object with hookpoint, latent and explanation"
+            ) from error
+    return found
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A latent, in how many tokens it fires, and its windows or why there are none."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from sonde.errors import SondeError
 from sonde.features import questions
 from sonde.features.cases import Subject
 from sonde.features.intervention import (
@@ -29,7 +30,6 @@ from sonde.features.intervention import (
     find_strength,
     firing_prompts,
     increases,
-    latent_addition,
 )  # fmt: skip
 from sonde.features.latent_cache import LatentCache
 from sonde.features.scorers.measures import Measure
@@ -51,12 +51,13 @@ _LEAST = 6
 class Effect:
     """Scores explanations by what adding to latents makes `lm` write.
 
-    dictionaries: by hookpoint, with decoder rows. cache: of the same hookpoints. target: KL in nats. prompts: for the
-    score, half of them to choose the explanation. shown: prompts for the explainer. samples: explanations asked for.
+    writes: by hookpoint, where its latents write and the vector that each adds there. cache: of the same hookpoints.
+    target: KL in nats. prompts: for the score, half of them to choose the explanation. shown: prompts for the
+    explainer. samples: explanations asked for. tokens: of a continuation.
     """
 
     lm: LanguageModel
-    dictionaries: Mapping[str, Any]
+    writes: Mapping[str, tuple[str, Float[Tensor, "latents d"]]]
     cache: LatentCache
     target: float = 0.33
     prompts: int = 32
@@ -127,7 +128,7 @@ class Effect:
         if len(prompts) < self.shown + _LEAST:
             return {"reason": f"{len(prompts)} prompts end where it fires: {self.shown + _LEAST} are needed"}
         shown = prompts[: self.shown]
-        steering = latent_addition(self._dictionary(subject), subject.latent, site=self._site(subject))
+        steering = self._steering(subject)
         after = NextTokens(self.lm, shown)
         found = find_strength(self.target, lambda strength: after.divergence(steering, strength))
         if not found.met:
@@ -141,18 +142,15 @@ class Effect:
     def _gains(self, subject: Subject, given: Sequence[str], found: Mapping[str, Any]) -> dict[str, Any]:
         """Gains of the chosen explanation on the second half, also under a random direction."""
         prompts = self._prompts(subject)[self.shown :]
-        row = self._dictionary(subject).w_dec[subject.latent].detach().float()
+        site, rows = self.writes[subject.hookpoint]
+        row = rows[subject.latent]
         noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(self.seed + subject.latent)).to(row)
-        control = adding(self._site(subject), noise * row.norm() / noise.norm())
+        control = adding(site, noise * row.norm() / noise.norm())
         after = NextTokens(self.lm, prompts)
         other = find_strength(self.target, lambda strength: after.divergence(control, strength))
         likelihood = FewShotLikelihood(self.lm, SHOTS)
         clean = self._continued(prompts, None, 0.0)
-        steered = self._continued(
-            prompts,
-            latent_addition(self._dictionary(subject), subject.latent, site=self._site(subject)),
-            found["strength"],
-        )
+        steered = self._continued(prompts, self._steering(subject), found["strength"])
         best = effect_score(given, likelihood, steered, clean)
         half = len(prompts) // 2
         turned = self._continued(prompts[half:], control, other.value)
@@ -172,14 +170,9 @@ class Effect:
             self.cache, subject.hookpoint, subject.latent, count=self.shown + self.prompts, seed=self.seed
         )
 
-    def _dictionary(self, subject: Subject) -> Any:
-        return self.dictionaries[subject.hookpoint]
-
-    def _site(self, subject: Subject) -> str:
-        dictionary = self._dictionary(subject)
-        if not hasattr(dictionary, "w_dec"):
-            raise SondeError(f"{subject.hookpoint} has no decoder rows to add: leave out the intervention scorer")
-        return (dictionary.target if dictionary.design.transcodes else dictionary.site) or subject.hookpoint
+    def _steering(self, subject: Subject) -> Intervention:
+        site, rows = self.writes[subject.hookpoint]
+        return adding(site, rows[subject.latent])
 
 
 def _read(answer: Completion) -> str | None:
