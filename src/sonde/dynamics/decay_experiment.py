@@ -213,8 +213,9 @@ class Unit:
         return [name for name in self.curves["joint"].scores[-1] if ">" in name]
 
     def _held_out(self) -> dict[str, Any]:
-        """In mixture D: zero-shot translation of the held-out pair before and after, and where it can be had its
-        half-life beside that of the trained pairs that were dropped.
+        """In mixture D: zero-shot translation of the held-out pair before, midway and after.
+
+        Where translation was dropped, its half-life as well, beside that of the trained pairs.
         """
         if self.setting.mixture != "D":
             return {}

@@ -9,11 +9,12 @@ before its turn comes, over its lowest since it was last trained (Yang, Jones, M
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from sonde.dynamics.decay import Branching, Curve, Stage
+from sonde.dynamics.decay import Branching, Curve, Stage, Switch
 from sonde.dynamics.decay_metrics import TaskSequence, forgetting_matrix, plasticity, reached, stability_gap
 from sonde.errors import SondeError
 
@@ -27,6 +28,22 @@ class Passes:
     curves: tuple[Curve, ...]
     ranks: tuple[float, ...]
     dead: tuple[float, ...]
+
+    def tree(self) -> dict[str, Any]:
+        """The passes as `sonde.files.save_bundle` takes them."""
+        return {
+            "tasks": self.tasks,
+            "before": dict(self.before),
+            "curves": [curve.tree() for curve in self.curves],
+            "ranks": self.ranks,
+            "dead": self.dead,
+        }
+
+    @classmethod
+    def of_tree(cls, tree: Mapping[str, Any]) -> "Passes":
+        """What `tree` made."""
+        curves = tuple(Curve.of_tree(curve) for curve in tree["curves"])
+        return cls(tuple(tree["tasks"]), tree["before"], curves, tuple(tree["ranks"]), tuple(tree["dead"]))
 
     def matrix(self, of_pass: int = 0, measure: str = "accuracy") -> Float[np.ndarray, "stages tasks"]:
         """R_ij of one pass: the score on task j after stage i."""
@@ -73,7 +90,7 @@ def in_turn(
     *,
     steps: int,
     passes: int = 2,
-    switch: str = "reset",
+    switch: Switch = "reset",
     measure: str = "accuracy",
     folder: Path | None = None,
     progress: bool = False,
@@ -88,7 +105,7 @@ def in_turn(
     curves, ranks, dead = [], [], []
     for turn in range(passes * len(tasks)):
         task = tasks[turn % len(tasks)]
-        stage = Stage(f"turn {turn}: {task}", steps, only=(task,), switch=switch)  # type: ignore[arg-type]
+        stage = Stage(f"turn {turn}: {task}", steps, only=(task,), switch=switch)
         checkpoint = None if folder is None else folder / f"turn-{turn}.safetensors"
         point, curve = branching.run(stage, point, checkpoint=checkpoint, progress=stage.name if progress else None)
         curves.append(curve)

@@ -5,9 +5,11 @@ the languages share; controls go on without a drop, start without the language, 
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
@@ -17,7 +19,10 @@ from sonde.studies.registry import study
 from sonde.studies.running import Named, Read, Runnable, check_options, open_run, publish
 
 if TYPE_CHECKING:
+    from sonde.dynamics.decay import Curve
+    from sonde.dynamics.decay_backdoor import Backdoor
     from sonde.dynamics.decay_experiment import Setting, Unit
+    from sonde.dynamics.decay_sequence import Passes
     from sonde.runs.run import Run
 
 
@@ -76,6 +81,8 @@ class CapabilityDecayConfig(Runnable):
     """Steps on each language one after the other, twice round; 0 leaves the sequence out."""
     backdoor: bool = False
     """Plant a trigger in one language and train on without it."""
+    no_gate: bool = False
+    """Leave out what else can be read of the lost skill, and what the languages share."""
     force: bool = False
     """Compare mixtures although they were trained for different numbers of steps."""
     out: Folder = None
@@ -133,33 +140,159 @@ def capability_decay(config: CapabilityDecayConfig) -> Path:
     """
     from tqdm import tqdm
 
+    from sonde.dynamics.decay_hypotheses import declared
+    from sonde.studies import capability_decay_chapters as chapters
+
     check_options(config)
     settings = config.units()
     subject = f"{len(settings)}-networks"
     with open_run("capability-decay", config, Named(subject)) as run:
         units = [_unit(run, setting, config) for setting in tqdm(settings, desc="networks")]
-        run.table("capability-decay.units", [unit.summary() for unit in units])
+        rows = [unit.summary() for unit in units]
+        run.table("capability-decay.units", rows)
         run.table("capability-decay.scores", [row for unit in units for row in unit.rows()])
-        return run.folder
+        made = [
+            chapters.decay_chapter(units, declared(rows, forced=config.force), config),
+            chapters.revival_chapter(units, config),
+        ]
+        if not config.no_gate:
+            able = [unit for unit in units if unit.summary()["half_life_exact"] is not None]
+            if able:
+                made.append(chapters.gate_chapter([(unit, _gate(run, unit)) for unit in tqdm(able, desc="gates")]))
+            shared = [(unit, found) for unit in units if (found := _sharing(run, unit)) is not None]
+            if shared:
+                made.append(chapters.sharing_chapter(shared))
+        base = [unit for unit in units if unit.setting.weight_decay == min(config.weight_decay)]
+        if config.baselines:
+            made.append(chapters.baseline_chapter(_baselines(run, base), base[0].main()))
+        if config.in_turn:
+            made.append(chapters.turn_chapter(_in_turn(run, base[0].setting, config), config.in_turn))
+        if config.backdoor:
+            own = {unit.setting.seed: unit.setting for unit in base}
+            made.append(chapters.backdoor_chapter([_backdoor(run, s, config) for s in own.values()], config))
+        shape = units[0].before.weights
+        return publish(
+            run,
+            Named(subject, n_parameters=sum(p.numel() for p in shape.values())),
+            Read(sum(row["tokens"] for row in rows)),
+            made,
+            title="What happens to a skill when its training stops?",
+            source="toy languages, every next token known",
+            timings=dict(run.timings),
+        )
+
+
+def _kept(run: "Run", step: str, make: Callable[[Path], Any]) -> Any:
+    """The tree of a step, from the run where it is finished; `make` is given a folder for its checkpoints."""
+    if not run.done(step):
+        stages = run.checkpoint(step).with_suffix("")
+        run.finish(step, make(stages))
+        shutil.rmtree(stages, ignore_errors=True)
+    return run.result(step)
+
+
+def _gate(run: "Run", unit: "Unit") -> "dict[str, Any]":
+    """Every reading of what is left of the skill."""
+    from sonde.dynamics.decay_gate import gate
+
+    def made(_: Path) -> "dict[str, Any]":
+        branching = unit.setting.branching()
+        floor = {measure: unit.floor(measure) for measure in ("loss", "masked_loss")}
+        found = gate(branching, unit.before, unit.after, unit.main(), floor=floor, untrained=branching.start())
+        index = None if found.verdict == "kept" else found.index
+        return {**asdict(found), "best": found.best, "index": index, "verdict": found.verdict}
+
+    return _kept(run, f"gate-{unit_name(unit.setting)}", made)
+
+
+def _sharing(run: "Run", unit: "Unit") -> "dict[str, Any] | None":
+    """The predictors, before the drop, of the dropped language beside the first kept one that is written alike."""
+    from sonde.data.toy_languages import LANGUAGES, WIDTH
+    from sonde.dynamics.decay_sharing import sharing
+
+    second = unit.main()[0]
+    ours = LANGUAGES.get(second)
+    if ours is None or ours.rendering is None:
+        return None
+    alike = [
+        name
+        for name, language in LANGUAGES.items()
+        if name in unit.curves["joint"].scores[0]
+        and name not in unit.dropped
+        and language.rendering is not None
+        and language.rendering.places == ours.rendering.places
+    ]
+    if not alike:
+        return None
+
+    def made(_: Path) -> "dict[str, Any]":
+        branching = unit.setting.branching()
+        joint = branching.joint
+        kept = [task for task in joint.tasks if task.name not in unit.dropped and joint.shares[task.name] > 0]
+        dropped = [joint.task(name) for name in unit.main()]
+        net = unit.before.into(branching.module).eval()
+        return asdict(sharing(net, alike[0], second, kept, dropped, width=WIDTH, seed=unit.setting.seed))
+
+    return _kept(run, f"sharing-{unit_name(unit.setting)}", made)
+
+
+def _baselines(run: "Run", units: "Sequence[Unit]") -> "list[tuple[str, int, str, Curve]]":
+    from sonde.dynamics.decay import Curve, Stage
+    from sonde.dynamics.decay_baselines import BASELINES, dropped_with
+    from sonde.studies.capability_decay_chapters import group_of
+
+    found = []
+    for unit in units:
+        setting = unit.setting
+        stage = Stage("dropped", setting.drop_steps, drop=unit.dropped, switch=setting.switch)
+        fresh = replace(setting, seed=setting.seed + 1000).branching().module
+
+        def made(_: Path, baseline: Any, unit: "Unit" = unit, stage: Stage = stage, fresh: Any = fresh) -> Any:
+            return dropped_with(baseline, unit.setting.branching(), stage, unit.before, fresh=fresh)[1].tree()
+
+        for baseline in BASELINES:
+            step = f"baseline-{baseline}-{unit_name(setting)}"
+            tree = _kept(run, step, partial(made, baseline=baseline))
+            found.append((group_of(unit, widths=False), setting.seed, baseline, Curve.of_tree(tree)))
+    return found
+
+
+def _in_turn(run: "Run", setting: "Setting", config: CapabilityDecayConfig) -> "Passes":
+    from sonde.data.toy_languages import languages_of
+    from sonde.dynamics.decay_sequence import Passes, in_turn
+
+    tasks = languages_of(setting.mixture, setting.languages)
+
+    def made(stages: Path) -> Any:
+        branching = setting.branching()
+        return in_turn(branching, tasks, steps=config.in_turn, switch=setting.switch, folder=stages).tree()
+
+    return Passes.of_tree(_kept(run, f"turns-{unit_name(setting)}", made))
+
+
+def _backdoor(run: "Run", setting: "Setting", config: CapabilityDecayConfig) -> "Backdoor":
+    from sonde.dynamics.decay_backdoor import Backdoor, run_backdoor
+
+    def made(stages: Path) -> Any:
+        return run_backdoor(setting, control_steps=config.floor_steps, folder=stages).tree()
+
+    return Backdoor.of_tree(_kept(run, f"backdoor-{unit_name(setting)}", made))
 
 
 def _unit(run: "Run", setting: "Setting", config: CapabilityDecayConfig) -> "Unit":
     from sonde.dynamics.decay_experiment import Unit, run_unit
 
-    name = unit_name(setting)
-    if not run.done(name):
-        stages = run.checkpoint(name).with_suffix("")
-        unit = run_unit(
+    def made(stages: Path) -> Any:
+        return run_unit(
             setting,
             floor_steps=config.floor_steps,
             drift_steps=config.drift_steps,
             variants=config.variants,
             alone=config.variants,
             folder=stages,
-        )
-        run.finish(name, unit.tree())
-        shutil.rmtree(stages, ignore_errors=True)
-    return Unit.of_tree(run.result(name))
+        ).tree()
+
+    return Unit.of_tree(_kept(run, unit_name(setting), made))
 
 
 def unit_name(setting: "Setting") -> str:
