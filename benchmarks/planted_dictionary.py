@@ -16,6 +16,7 @@ from sonde.features.dictionary import Design, Dictionary
 from sonde.features.planted import PlantedDictionary, recovery
 from sonde.features.step import Step
 from sonde.features.step_config import StepConfig
+from sonde.stats.intervals import Interval
 
 D, N, L0, BATCH, STEPS = 64, 256, 6, 1024, 600
 RECIPE: dict[str, Any] = {"lr": 3e-3, "warmup": 30, "steps": STEPS, "decay": 180, "threshold_start": 300}
@@ -38,10 +39,14 @@ def start(planted: PlantedDictionary, design: Design, *, seed: int, centred: boo
     return Dictionary.initialised(design, mean=mean, seed=seed)
 
 
+def _of(interval: Interval) -> str:
+    return f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+
+
 def show_recovery(seed: int) -> None:
     """TopK on data without an offset."""
     planted = PlantedDictionary.random(D, N, l0=L0, seed=seed)
-    made, _, terms = trained(planted, start(planted, Design("topk", D, 1024, 6), seed=seed), seed=seed)
+    made, _, _ = trained(planted, start(planted, Design("topk", D, 1024, 6), seed=seed), seed=seed)
     found = recovery(made, planted.directions)
     print(
         f"recovery {seed}: mean cosine {found.mean}, found {found.found}, chance {found.chance:.3f}, {terms['fvu']:.4f}"
@@ -56,7 +61,7 @@ def show_centring(seed: int) -> None:
         made, step, _ = trained(planted, dictionary, seed=seed, dead_after=20 * BATCH, aux_weight=0.0)
         found = recovery(made, planted.directions)
         dead = float((step.since_fired[0] >= 20 * BATCH).double().mean())
-        print(f"centring {seed}: from the {'mean' if centred else 'origin'}: {found.mean}, dead {dead:.3f}")
+        print(f"centring {seed}: from the {'mean' if centred else 'origin'}: {_of(found.mean)}, dead {dead:.3f}")
 
 
 def show_auxk(seed: int) -> None:
@@ -75,10 +80,10 @@ def show_thresholds(seed: int) -> None:
     planted = PlantedDictionary.random(D, N, l0=L0, seed=seed)
     held = planted.sample(8192, seed=99 + seed)[0]
     ways: dict[str, tuple[Design, dict[str, Any]]] = {
-        "batchtopk": (Design("batchtopk", D, 1024, 6), {"threshold_decay": 0.99}),
+        "batchtopk": (Design("batchtopk", D, 1024, 6), {"threshold_decay": 0.99, "dead_after": 20_000}),
         "jumprelu": (
             Design("jumprelu", D, 1024, bandwidth=0.05, threshold=0.05),
-            {"target_l0": 6.0, "penalty": "l0_target", "sparsity": 1.0, "sparsity_warmup": 100},
+            {"target_l0": 6.0, "penalty": "l0_target", "sparsity": 10.0, "sparsity_warmup": 100},
         ),
     }
     for name, (design, changes) in ways.items():
@@ -86,7 +91,9 @@ def show_thresholds(seed: int) -> None:
         with torch.no_grad():
             l0 = float((made.encode(held).values > 0).sum(1).double().mean())
             fvu = float((held - made(held)).square().sum() / (held - held.mean(0)).square().sum())
-        print(f"thresholds {seed}: {name}: held-out L0 {l0:.2f} (6), FVU {fvu:.4f}, in training {terms['l0']:.2f}")
+        print(
+            f"thresholds {seed}: {name}: held-out L0 {l0:.2f} (6), FVU {fvu:.4f}, dead {terms['dead']:.3f}", flush=True
+        )
 
 
 def show_prefixes(seed: int) -> None:

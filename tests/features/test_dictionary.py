@@ -50,7 +50,7 @@ def dense(sparse):
 
 
 def by_formula(d, x):
-    """f of all latents, written out."""
+    """Values of all latents, written out."""
     if d.design.layer_norm:
         x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
     pre = (x - d.b_dec if d.design.centred else x) @ d.w_enc.T + d.b_enc
@@ -230,7 +230,7 @@ def test_a_transcoder_does_not_stand_for_its_input():
 
 
 def test_another_width_is_refused_with_both():
-    with pytest.raises(SondeError, match="width 12.*width 16"):
+    with pytest.raises(SondeError, match=r"width 12.*width 16"):
         made("topk").encode(torch.zeros(3, 12))
 
 

@@ -203,7 +203,7 @@ def test_a_batch_that_does_not_fit_is_refused(message):
 
 
 def test_weights_of_half_precision_are_not_trained():
-    with pytest.raises(SondeError, match="bfloat16.*float32"):
+    with pytest.raises(SondeError, match=r"bfloat16.*float32"):
         Step(Dictionary(RUNS["topk"][0]).bfloat16())
 
 
