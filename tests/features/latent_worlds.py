@@ -29,7 +29,13 @@ class Projection:
 
 
 def planted(
-    folder: Path, sets: list[tuple[int, ...]], *, sequences: int = 400, context: int = 64, seed: int = 0
+    folder: Path,
+    sets: list[tuple[int, ...]],
+    *,
+    sequences: int = 400,
+    context: int = 64,
+    seed: int = 0,
+    strengths: tuple[float, float] = (0.5, 4),
 ) -> LatentCache:
     """A cache of the hookpoint "planted" in which latent i fires on the tokens of set i, with random strengths."""
     rng = np.random.default_rng(seed)
@@ -37,6 +43,6 @@ def planted(
     columns = []
     for latent, members in enumerate(sets):
         sequence, position = np.isin(tokens, members).nonzero()
-        columns.append((sequence, position, np.full(len(sequence), latent), rng.uniform(0.5, 4, len(sequence))))
+        columns.append((sequence, position, np.full(len(sequence), latent), rng.uniform(*strengths, len(sequence))))
     triples = tuple(np.concatenate(column) for column in zip(*columns, strict=True))
     return LatentCache.write(folder, tokens, {"planted": (len(sets), triples)})
