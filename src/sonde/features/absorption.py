@@ -10,8 +10,9 @@ right, with a_i = f_i W_dec[i]·ŵ the part of the projection x·ŵ that latent 
   their sum A is under 0.4 x·ŵ, or the main latents' sum M reaches x·ŵ, it is 0; where M <= 0, 1; otherwise
   A' / (A' + M) with A' = min(A, x·ŵ - M).
 
-Both are averaged over those words. Departures from SAEBench: main latents are ranked by the difference of their means
-and not by an L1 probe, and a_i uses the decoder row as it is in place of its direction (the same for rows of length 1).
+Both are averaged over those words. Departures from SAEBench: main latents are ranked by the difference of their
+means and not by an L1 probe, and a_i uses the decoder row as it is in place of its direction, which is the same for
+rows of length 1.
 """
 
 from collections.abc import Sequence
@@ -195,7 +196,7 @@ def _main_latents(
     dictionary: Dictionary, sparse: Sparse, y: Bool[Tensor, " n"], train: Int[Tensor, " m"]
 ) -> Int[Tensor, " k"]:
     """The latents that a class is in: the best, and the next ones while they raise the F1 of a probe by 0.03."""
-    best = by_mean_difference(sparse, y, train, dictionary.design.latents, MOST_MAIN)
+    best = by_mean_difference(sparse, y, train, dictionary.design.latents, MOST_MAIN, larger=True)
     values = columns(sparse, best)
     reached = -1.0
     for k in range(1, len(best) + 1):

@@ -106,11 +106,15 @@ def columns(sparse: Sparse, latents: Int[Tensor, " k"]) -> Float[Tensor, "n k"]:
 
 
 def by_mean_difference(
-    sparse: Sparse, y: Bool[Tensor, " n"], rows: Int[Tensor, " m"], latents: int, k: int
+    sparse: Sparse, y: Bool[Tensor, " n"], rows: Int[Tensor, " m"], latents: int, k: int, *, larger: bool = False
 ) -> Int[Tensor, " k"]:
-    """The k latents whose means differ most between the classes of `rows`, the best first."""
+    """The k latents whose means differ most between the classes of `rows`, the best first.
+
+    With `larger`, those come first whose mean is larger where y is true.
+    """
     means = [column_means(Sparse(*(part[rows[y[rows] == c]] for part in sparse)), latents) for c in (True, False)]
-    return (means[0] - means[1]).abs().argsort(descending=True)[:k]
+    difference = means[0] - means[1]
+    return (difference if larger else difference.abs()).argsort(descending=True)[:k]
 
 
 def accuracy(
