@@ -1,4 +1,4 @@
-"""Products of the Hessian of a step's loss with many directions at once, for any module: vmap(jvp(grad)).
+"""Products of the Hessian of a step's loss with many directions at once, for any module.
 
 A curve knows the layout in which it wants its columns: here the plain one, [columns, N]. `sonde.dynamics.fused_mlp` has
 another for perceptrons, several times as fast.
@@ -6,10 +6,9 @@ another for perceptrons, several times as fast.
 
 from typing import Protocol
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vjp, vmap
 
 from sonde.dynamics.trajectory import Trajectory, gradient
 from sonde.dynamics.update_rules import Parts
@@ -75,12 +74,9 @@ class AutogradCurve:
         return gradient(self.path.map, self.path[step].theta, step)
 
     def product(self, step: int, x: Parts, out: Parts, beta: float) -> None:
-        """Forward over reverse, vectorised over columns."""
+        """The pullback of the gradient, vectorised over columns: H is its own transpose, and its graph is made once."""
         map, theta = self.path.map, self.path[step].theta
-
-        def hvp(v: Tensor) -> Tensor:
-            return jvp(grad(lambda weights: map.loss_at(weights, step)), (theta,), (v,))[1]
-
-        with map.draws(step), torch.no_grad():
-            made = vmap(hvp, randomness="same")(x[0])
+        with map.draws(step):
+            _, pull = vjp(grad(lambda weights: map.loss_at(weights, step)), theta)
+        (made,) = vmap(pull)(x[0])
         out[0].mul_(beta).add_(made) if beta else out[0].copy_(made)

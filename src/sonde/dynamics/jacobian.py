@@ -195,7 +195,7 @@ def _product(curve: Curve, t: int, *, transposed: bool) -> Product:
         made = [torch.empty_like(part) for part in x]
         curve.product(t, x, made, 0.0)
         for part, new in zip(out, squeeze(made), strict=True):
-            part.mul_(beta).add_(new)
+            part.mul_(beta).add_(new) if beta else part.copy_(new)
 
     return clipped
 
