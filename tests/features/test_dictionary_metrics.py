@@ -7,6 +7,7 @@ from families import tiny
 
 from sonde.errors import SondeError
 from sonde.features.activation_rows import Selection
+from sonde.features.crosscoder import crosscoder
 from sonde.features.dictionary import Design, Dictionary
 from sonde.features.metrics import Metrics, evaluate, evaluate_all
 from sonde.features.reconstruction import ReconstructionSums, density_edges, density_histogram
@@ -236,6 +237,12 @@ def test_a_transcoder_is_not_evaluated_as_an_autoencoder(lm, batches):
         evaluate(lm, transcoder, batches)
     with pytest.raises(SondeError, match=r"is an autoencoder of resid_post\.1: it has no target mlp_out\.0"):
         evaluate(lm, random(lm.d_model), batches, target="mlp_out.0")
+
+
+def test_a_crosscoder_is_not_measured_at_one_site(lm, batches):
+    several = Dictionary(crosscoder((lm.d_model, lm.d_model), 8, kind="relu"))
+    with pytest.raises(SondeError, match="is a crosscoder of several sites"):
+        evaluate(lm, several, batches, site=SITE)
 
 
 def test_places_and_widths_that_do_not_fit_are_named(lm, batches):

@@ -35,9 +35,11 @@ def places(
 ) -> tuple[str, str]:
     """Where a dictionary reads and where its output belongs: as recorded, or as given where nothing is.
 
-    Raises `SondeError` where neither says, for sites that `lm` does not have, and for a transcoder without a target of
-    its own: its output is no reconstruction of its input.
+    Raises `SondeError` where neither says, for sites that `lm` does not have, for a transcoder without a target of its
+    own, whose output is no reconstruction of its input, and for a crosscoder.
     """
+    if dictionary.design.streams:
+        raise SondeError(f"{dictionary!r} is a crosscoder of several sites: metrics are of dictionaries of one")
     read, to = site or dictionary.site, target or dictionary.target
     if read is None:
         raise SondeError(f"{dictionary!r} has no recorded site: give site=, such as resid_post.3")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sonde.errors import SondeError
+from sonde.features.crosscoder import crosscoder
 from sonde.features.design import Design
 from sonde.features.dictionary import Dictionary
 from sonde.features.formats import saelens, sparsify
@@ -558,6 +559,8 @@ def test_what_another_format_does_not_have_is_refused(tmp_path):
         saelens.save(filled(Design("groupmax", D, M, k=6)), tmp_path)
     with pytest.raises(SondeError, match="no transcoder of kind 'topk'"):
         saelens.save(filled(Design("topk", D, M, k=K, transcodes=True)), tmp_path)
+    with pytest.raises(SondeError, match="is a crosscoder: SAELens holds dictionaries of one site"):
+        saelens.save(filled(crosscoder((5, 7), M, kind="relu")), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -70,9 +70,11 @@ def portable(dictionary: Dictionary, to: str, *, centred: bool) -> tuple[Diction
     """The dictionary as another project computes, and its weights in float32 by Sonde's names.
 
     Norms are folded where it ranks by them; one threshold for all rows becomes JumpReLU's. Raises `SondeError` where
-    there is no threshold yet.
+    there is no threshold yet, and for a crosscoder, which reads several sites.
     """
     design = dictionary.design
+    if design.streams:
+        raise SondeError(f"{dictionary!r} is a crosscoder: {to} holds dictionaries of one site")
     if design.chooses_across_rows:
         dictionary = dictionary.as_jumprelu()
     elif design.ranked_by_norm:
