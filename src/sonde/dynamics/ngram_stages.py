@@ -70,13 +70,16 @@ class Yardsticks:
         return cls(held, first, predictions, samples, entropies)
 
 
-def measure(network: Network, yardsticks: Yardsticks, *, vocab: int | None = None) -> dict[str, Any]:
+def measure(
+    network: Network, yardsticks: Yardsticks, *, vocab: int | None = None, jensen_shannon: bool = True
+) -> dict[str, Any]:
     """Distances and losses of one checkpoint, in nats, by sequence: a tree that a bundle keeps.
 
     `kl` and `js` hold by name Float[Tensor, " sequences"], the mean over positions; `loss` the loss on the held
     sequences; `sampled` by name the losses on sampled sequences, Float[Tensor, " sequences"], and `by_position` their
-    mean at each position, Float[Tensor, " pos-1"]. `vocab` cuts the logits of a padded model to its first tokens.
-    Raises `SondeError` where model and counts are over different numbers of tokens.
+    mean at each position, Float[Tensor, " pos-1"]. `vocab` cuts the logits of a padded model to its first tokens; `js`
+    stays empty without `jensen_shannon`, which costs more than the rest where the vocabulary is large. Raises
+    `SondeError` where model and counts are over different numbers of tokens.
     """
     held, first = yardsticks.held, yardsticks.first
     kl: dict[str, list[Tensor]] = {name: [] for name in yardsticks.predictions}
@@ -89,14 +92,15 @@ def measure(network: Network, yardsticks: Yardsticks, *, vocab: int | None = Non
         for name, rows in yardsticks.predictions.items():
             part = rows.part(start * places, (start + len(tokens)) * places)
             kl[name].append(part.kl(flat).view(-1, places).mean(1))
-            js[name].append(part.jensen_shannon(flat).view(-1, places).mean(1))
+            if jensen_shannon:
+                js[name].append(part.jensen_shannon(flat).view(-1, places).mean(1))
     sampled, by_position = {}, {}
     for name, drawn in yardsticks.samples.items():
         each = torch.cat([_loss(logits, tokens) for _, tokens, logits in _logits(network, drawn, vocab)])
         sampled[name], by_position[name] = each.mean(1), each.mean(0)
     return {
         "kl": {name: torch.cat(parts) for name, parts in kl.items()},
-        "js": {name: torch.cat(parts) for name, parts in js.items()},
+        "js": {name: torch.cat(parts) for name, parts in js.items() if parts},
         "loss": torch.cat(losses),
         "sampled": sampled,
         "by_position": by_position,

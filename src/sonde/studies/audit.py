@@ -40,8 +40,8 @@ class AuditConfig(Runnable):
     out: Folder = None
     """The run folder. By default a new one under runs/."""
     chapters: Names = None
-    """The chapters to write, by name (card, loss, depth, passage, concepts, control, knowledge, elicitation, cost). By
-    default all."""
+    """The chapters to write, by name (card, loss, statistics, depth, passage, concepts, control, knowledge,
+    elicitation, cost). By default all."""
     labels: Name = None
     """A file of labelled text for the chapter on concepts: CoNLL-U (.conllu), or .jsonl with text and spans or label.
     By default the text is labelled by rules."""

@@ -13,7 +13,7 @@ from sonde.runs import chart_kinds
 from sonde.runs.blocks import Chapter, Column, Figure, Table
 from sonde.runs.finding import Control, Finding
 from sonde.runs.report.numbers import number
-from sonde.stats.intervals import Interval, bootstrap_mean, bootstrap_ratio, wilson
+from sonde.stats.intervals import Interval, bootstrap, bootstrap_mean, bootstrap_ratio
 
 if TYPE_CHECKING:
     from sonde.studies.ngram_stages import NgramStagesConfig
@@ -43,8 +43,24 @@ def curve(trace: Trace, kind: str, name: str) -> dict[int, float]:
 
 def in_order(trace: Trace, kind: str, names: Sequence[str]) -> bool:
     """Whether the curves of successive orders are lowest at steps that are twice as far or more."""
-    steps = [lowest(curve(trace, kind, name)) for name in names]
-    return all(max(b, 1) >= _APART * max(a, 1) for a, b in pairwise(steps))
+    return _least_ratio([lowest(curve(trace, kind, name)) for name in names]) >= _APART
+
+
+def apart(traces: dict[int, Trace], names: Sequence[str]) -> Interval:
+    """The smallest ratio of the steps at which successive orders are closest, means over seeds; over sequences."""
+    steps = sorted(next(iter(traces.values())))
+    values = np.mean(
+        [[[trace[step]["kl"][name].numpy() for step in steps] for name in names] for trace in traces.values()], axis=0
+    )
+
+    def statistic(rows: np.ndarray) -> float:
+        return _least_ratio([steps[i] for i in rows.mean(0).argmin(-1)])
+
+    return bootstrap(statistic, values.transpose(2, 0, 1), draws=500)
+
+
+def _least_ratio(steps: Sequence[int]) -> float:
+    return min(max(b, 1) / max(a, 1) for a, b in pairwise(steps))
 
 
 def rise(traces: dict[int, Trace], name: str) -> Interval:
@@ -73,19 +89,18 @@ def _stages(
     unit = f"{len(traces)} networks" if len(traces) > 1 else "1 network"
     findings = []
     if len(orders) > 1:
-        ordered = [
-            wilson(sum(in_order(t, "kl", names) for t in traces.values()), len(traces)) for names in (orders, mixed)
-        ]
+        ratio, control = apart(traces, orders), apart(traces, mixed)
+        agree = sum(in_order(trace, "kl", orders) for trace in traces.values())
         findings.append(
             Finding.of(
-                ordered[0],
+                ratio,
                 id="stages.order",
                 chapter="stages",
-                sentence=f"It comes closest to the n-grams of order {', '.join(orders)} at step {when}"
-                + (", in that order." if ordered[0].estimate == 1 else "; not every network does so in order."),
-                metric="share of networks whose steps are in order and at least twice apart",
+                sentence=f"It comes closest to the n-grams of order {', '.join(orders)} at step {when}; the steps are in "
+                f"that order and at least {_APART:g} times apart in {agree} of {unit}.",
+                metric="smallest ratio between the steps of successive orders",
                 better="higher",
-                control=Control.of("n-grams of the shuffled text", ordered[1]),
+                control=Control.of("n-grams of the shuffled text", control),
                 command=command,
                 figures=("stages.kl",),
                 tables=("stages.steps",),
@@ -167,7 +182,7 @@ def _samples(config: "NgramStagesConfig", traces: dict[int, Trace], yardsticks: 
     orders = list(yardsticks.samples)
     when = _when(traces, "sampled", orders)
     last = max(next(iter(traces.values())))
-    entropy = {n: f"entropy, order {n}" for n in orders}
+    entropy = {n: f"entropy {n}" for n in orders}
     by_step = _by_step(
         traces,
         "sampled",

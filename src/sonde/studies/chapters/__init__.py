@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CHAPTERS = {
     "card": "Card",
     "loss": "Loss",
+    "statistics": "Statistics",
     "depth": "Depth",
     "passage": "Passage",
     "concepts": "Concepts",
