@@ -179,8 +179,9 @@ def _texts(config: SaeConfig, lm: "LanguageModel") -> "tuple[TokenBatches, Token
         raise SondeError(f"{config.model} has no tokenizer, so it reads no text: save one beside the weights")
     limit = config.tokens + config.tokens // 8
     layout: Any = {"context": min(_CONTEXT, lm.context), "shuffle": True, "seed": config.seed}
+    layout["tokens_per_batch"] = max(_CONTEXT, min(4096, config.measured // 8))
     if config.text is None:
-        fit = TokenBatches(list(comments()), lm.tokenizer, limit_tokens=limit, **layout)
+        fit = TokenBatches(comments(), lm.tokenizer, limit_tokens=limit, **layout)
         return fit, TokenBatches(topics(), lm.tokenizer, limit_tokens=2 * config.measured + 2 * _CONTEXT, **layout)
     text = TokenBatches(config.text, lm.tokenizer, limit_tokens=limit * _HELD // (_HELD - 1) + 2, **layout)
     if text.n_chunks < _HELD:

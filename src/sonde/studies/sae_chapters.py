@@ -304,7 +304,7 @@ def _intervals(values: "Mapping[str, Interval]", *, title: str, subtitle: str, a
         title=title,
         subtitle=subtitle,
         x_title=axis,
-        y_title="",
+        y_title="dictionary",
     )
 
 
@@ -398,8 +398,8 @@ def _how(setting: Setting) -> str:
     return (
         f"All dictionaries learned from the same {facts['tokens']:,} tokens of one pass, on activations scaled to norm "
         f"√d, and are measured on {measured.reconstruction.tokens:,} others.{cut} Opening tokens are left out. "
-        f"Intervals are bootstraps over {measured.units}. Controls: the projection on {setting.k} principal components, and "
-        f"{setting.latents:,} random directions of which the {setting.k} strongest are kept."
+        f"Intervals are bootstraps over {measured.units}. Controls: the projection on {setting.k} principal "
+        f"components, and {setting.latents:,} random directions of which the {setting.k} strongest are kept."
     )
 
 
