@@ -147,7 +147,7 @@ class Dictionary(nn.Module):
         """
         rows, _, _ = self.rows(x)
         pattern, values = self.active(rows)
-        if self.design.kind in ("topk", "groupmax"):
+        if self.design.kind in ("topk", "groupmax") and self.design.k is not None:
             slots = (*x.shape[:-1], self.design.k)
             kept = values.reshape(slots)
             return Sparse(kept, torch.where(kept > 0, pattern.latents.reshape(slots), 0))
@@ -272,8 +272,8 @@ class Dictionary(nn.Module):
         if not self.design.layer_norm:
             return rows, None, None
         mean = rows.mean(1, keepdim=True)
-        scale = rows.std(1, keepdim=True) + 1e-5
-        return (rows - mean) / scale, mean, scale
+        scale = rows.std(1, keepdim=True)
+        return (rows - mean) / (scale + 1e-5), mean, scale
 
     def finished(
         self, decoded: Float[Tensor, "n outputs"], rows: Float[Tensor, "n inputs"]

@@ -229,15 +229,18 @@ def test_a_scale_of_the_input_that_is_not_in_the_file_must_be_given(tmp_path):
     agree(load_dictionary(folder, input_scale=s), x, f, (f @ w_dec + b_dec) / s)
 
 
-def test_standardised_rows_of_saelens(tmp_path):
+@pytest.mark.parametrize("size", [3, 0.001])
+def test_standardised_rows_of_saelens_also_where_they_are_small(tmp_path, size):
     w_enc, b_enc, w_dec, b_dec, _ = weights()
     keys = {"architecture": "topk", "k": K, "normalize_activations": "layer_norm"}
     folder = write_saelens(tmp_path, lens_tensors(w_enc, b_enc, w_dec, b_dec), **keys)
-    x = 2 + 3 * normal(9, D)
+    x = 2 * size + size * normal(9, D)
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
     z = (x - mean) / (std + 1e-5)
     f = top_k((z - b_dec) @ w_enc.T + b_enc)
-    agree(load_dictionary(folder), x, f, (f @ w_dec + b_dec) * std + mean)
+    dictionary = load_dictionary(folder)
+    agree(dictionary, x, f, (f @ w_dec + b_dec) * std + mean)
+    torch.testing.assert_close(dictionary(x) / size, ((f @ w_dec + b_dec) * std + mean) / size, atol=1e-4, rtol=1e-4)
 
 
 # Gemma Scope, Llama Scope
@@ -537,7 +540,7 @@ def test_what_is_written_for_saelens_comes_back_the_same(tmp_path, kind):
         "jumprelu": {"kind": "jumprelu"},
         "gated": {"kind": "gated"},
         "transcoder": {"kind": "jumprelu", "transcodes": True, "skip": True, "outputs": 7},
-        "standard": {"kind": "topk", "k": K, "layer_norm": True},
+        "standardised": {"kind": "topk", "k": K, "layer_norm": True},
     }
     dictionary = filled(Design(inputs=D, latents=M, **fields[kind]))
     saelens.save(dictionary, tmp_path)
