@@ -278,7 +278,7 @@ def _restored(after: np.ndarray, start: np.ndarray, goal: np.ndarray, seed: int)
 def _check(rows: PooledRows, labels: int, ns: Sequence[int]) -> None:
     if labels != len(rows.x):
         raise SondeError(f"{labels} labels for {len(rows.x)} rows: give one a row")
-    latents = rows.latents.shape[1]
+    latents = len(rows.directions)
     if not ns or min(ns) < 1 or max(ns) > latents:
         raise SondeError(f"ns are {tuple(ns)}: give numbers from 1 to the {latents} latents")
 

@@ -60,9 +60,9 @@ def recentred(dictionary: Dictionary, *, centred: bool) -> Dictionary:
     moved = copy.deepcopy(dictionary)
     moved.design = replace(dictionary.design, centred=centred)
     shift = dictionary.w_enc @ dictionary.b_dec * (1 if centred else -1)
-    moved.b_enc += shift
+    moved.b_enc.add_(shift)
     if moved.b_mag is not None and moved.r_mag is not None:
-        moved.b_mag += moved.r_mag.exp() * shift
+        moved.b_mag.add_(moved.r_mag.exp() * shift)
     return moved
 
 
