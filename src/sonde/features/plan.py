@@ -124,8 +124,8 @@ def grid(
 ) -> list[Plan]:
     """Autoencoders of all `sites` (names or patterns) in every combination of the other settings.
 
-    `ks` are for kinds with k and, as the L0 that is aimed at, for "jumprelu"; `sparsities` (λ) are for "relu" and
-    "gated". Widths are the model's. Raises `SondeError` for sites that do not exist, naming the nearest, and
+    `ks` are for kinds with k and, as the L0 that is aimed at, for "jumprelu"; `sparsities` (λ) are for "relu", "gated"
+    and "jumprelu". Widths are the model's. Raises `SondeError` for sites that do not exist, naming the nearest, and
     `ValueError` as `Design` does.
     """
     config = config or StepConfig()
@@ -135,15 +135,22 @@ def grid(
         if kind in WITH_K:
             made = [(Design(kind, inputs, width, k), config, f"k{k}") for k in ks]
         elif kind == "jumprelu":
-            aims = [replace(config, target_l0=k) for k in ks]
-            made = [(Design(kind, inputs, width), aim, f"l0-{aim.target_l0}") for aim in aims]
+            aims = [
+                replace(config, target_l0=k, sparsity=config.sparsity if value is None else value)
+                for k in ks
+                for value in sparsities
+            ]
+            made = [
+                (Design(kind, inputs, width), aim, f"l0-{aim.target_l0}" + _labelled("-", aim.sparsity)) for aim in aims
+            ]
         else:
             weighed = [config if value is None else replace(config, sparsity=value) for value in sparsities]
-            made = [
-                (Design(kind, inputs, width), each, "" if each.sparsity is None else f"l{each.sparsity:g}")
-                for each in weighed
-            ]
+            made = [(Design(kind, inputs, width), each, _labelled("", each.sparsity)) for each in weighed]
         for design, each, label in made:
             name = "-".join(part for part in (site, kind, str(width), label, f"s{seed}") if part)
             plans.append(Plan(site, design, each, seed=seed, scale=scale, name=name))
     return plans
+
+
+def _labelled(before: str, sparsity: float | None) -> str:
+    return "" if sparsity is None else f"{before}l{sparsity:g}"

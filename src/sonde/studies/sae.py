@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
     from sonde.runs.run import Run
 
-_CONTEXT = 256
 _HELD = 8  # of a text that is given, an eighth is held out
-_BUFFER = 16  # batches that are mixed
 _PAIRED = 1 << 14  # most latents that are paired with those of another seed
 RANDOM, COMPONENTS = "random directions", "principal components"
 
@@ -125,9 +123,8 @@ def sae(config: SaeConfig) -> Path:
 def plans(config: SaeConfig, lm: "LanguageModel") -> "list[Plan]":
     """What the study trains. Raises `SondeError` for kinds and sizes that do not fit."""
     from sonde.features.plan import grid
-    from sonde.features.step_config import StepConfig
+    from sonde.features.recipe import settings
 
-    steps = StepConfig(lr=config.lr, sparsity=None, dead_after=max(1, config.tokens // 10), threshold_decay=0.99)
     found: list[Plan] = []
     try:
         for kind in config.kinds or ():
@@ -139,7 +136,7 @@ def plans(config: SaeConfig, lm: "LanguageModel") -> "list[Plan]":
                 ks=[config.k],
                 sparsities=[config.sparsity],
                 seeds=range(config.seed, config.seed + config.seeds),
-                config=steps,
+                config=settings(config.tokens, lr=config.lr),
                 scale="norm",
             )
     except ValueError as error:
@@ -164,25 +161,29 @@ def _check(config: SaeConfig) -> None:
 
 def _order(config: SaeConfig, run: "Run | None") -> "Order":
     from sonde.features.activation_buffer import Order
+    from sonde.features.recipe import MIXED
 
     mode: Any = config.mode
     folder = None if mode != "disk" else run.path("checkpoints", "rows") if run else Path()
-    return Order(mode, batch=config.batch, size=_BUFFER * config.batch, folder=folder, seed=config.seed)
+    return Order(mode, batch=config.batch, size=MIXED * config.batch, folder=folder, seed=config.seed)
 
 
 def _texts(config: SaeConfig, lm: "LanguageModel") -> "tuple[TokenBatches, TokenBatches]":
     """What is learned from, in random order, and what is measured on."""
-    from sonde.data.python_docs import comments, topics
+    from sonde.data.python_docs import topics
+    from sonde.features.recipe import CONTEXT, documentation
     from sonde.lm.batches import TokenBatches
 
     if lm.tokenizer is None:
         raise SondeError(f"{config.model} has no tokenizer, so it reads no text: save one beside the weights")
-    limit = config.tokens + config.tokens // 8
-    layout: Any = {"context": min(_CONTEXT, lm.context), "shuffle": True, "seed": config.seed}
-    layout["tokens_per_batch"] = max(_CONTEXT, min(4096, config.measured // 8))
+    layout: Any = {"context": min(CONTEXT, lm.context), "shuffle": True, "seed": config.seed}
     if config.text is None:
-        fit = TokenBatches(comments(), lm.tokenizer, limit_tokens=limit, **layout)
-        return fit, TokenBatches(topics(), lm.tokenizer, limit_tokens=2 * config.measured + 2 * _CONTEXT, **layout)
+        most = max(CONTEXT, min(4096, config.measured // 8))
+        held = TokenBatches(
+            topics(), lm.tokenizer, limit_tokens=2 * (config.measured + CONTEXT), tokens_per_batch=most, **layout
+        )
+        return documentation(lm, config.tokens, seed=config.seed), held
+    limit = config.tokens + config.tokens // 8
     text = TokenBatches(config.text, lm.tokenizer, limit_tokens=limit * _HELD // (_HELD - 1) + 2, **layout)
     if text.n_chunks < _HELD:
         raise SondeError(f"{text} are too few: at least {_HELD * text.context:,} are needed")
