@@ -158,9 +158,10 @@ class NextTokens:
 def find_strength(target: float, divergence: Callable[[float], float], *, evaluations: int = _EVALUATIONS) -> Strength:
     """The strength in [1e-3, 1e4] at which `divergence` is within a tenth of `target`.
 
-    For small strengths KL grows as their square, so a step goes along that line in log-log coordinates; once the target
-    lies between two strengths it goes along the line through them, and where that gains little, to the middle. Where
-    the KL levels off below the target, or has not met it after `evaluations`, the nearest found is returned as not met.
+    For small strengths KL grows as their square, so a step goes along that line in log-log coordinates, and is at least
+    twice the last one while the target is still on the same side. Once it lies between two strengths, a step goes along
+    the line through them, and every third one to their middle. Where the KL levels off below the target, or has not
+    met it after `evaluations`, the nearest found is returned as not met.
     """
     if not target > 0:
         raise SondeError(f"the target KL is {target}: give a number of nats above 0, such as 0.1")
@@ -168,7 +169,7 @@ def find_strength(target: float, divergence: Callable[[float], float], *, evalua
     points: dict[float, float] = {}  # log10 of the strength: log10 of KL over target
     below: float | None = None
     above: float | None = None
-    x = 0.5
+    x, step = 0.5, 0.0
     for done in range(1, evaluations + 1):
         y = math.log10(divergence(10**x) / target)
         points[x] = y
@@ -180,7 +181,8 @@ def find_strength(target: float, divergence: Callable[[float], float], *, evalua
             above = x if above is None else min(above, x)
         left, right = low if below is None else below, high if above is None else above
         if below is None or above is None:
-            x = min(max(x - y / 2, low), high)
+            step = math.copysign(max(abs(y) / 2, 2 * abs(step)), -y)
+            x = min(max(x + step, low), high)
             if x in points:
                 break
         else:

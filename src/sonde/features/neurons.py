@@ -49,7 +49,9 @@ class MLPNeurons:
         only: Sequence[int] | None = None,
     ) -> None:
         self.site = lm.match(f"mlp_in.{layer}")[0]
-        mlp = lm.structure.mlps[layer]
+        place = lm.structure.mlp_inputs[layer]
+        # what is called the MLP's output may be that of a norm behind it; what is given to the MLP is its own input
+        mlp = place.module if place is not None and place.at_input else lm.structure.mlps[layer]
         found = None if mlp is None or isinstance(mlp, nn.Linear) else _last_projection(mlp, lm.d_model)
         if mlp is None or found is None:
             raise SondeError(f"{lm.name}: block {layer} has no MLP whose neurons one last projection reads")
