@@ -27,6 +27,7 @@ from sonde.lm.model import LanguageModel
 
 
 def text(lm: LanguageModel, tokens: int) -> TokenBatches:
+    assert lm.tokenizer is not None
     return TokenBatches(topics(), lm.tokenizer, context=256, limit_tokens=tokens + tokens // 8 + 512, shuffle=True)
 
 

@@ -138,12 +138,12 @@ class InputScale:
         folded.b_dec.copy_(dictionary.b_dec @ back + offset)
         if not dictionary.design.centred:
             moved = folded.w_enc @ mean
-            folded.b_enc -= moved
+            folded.b_enc.sub_(moved)
             if folded.b_mag is not None and folded.r_mag is not None:
-                folded.b_mag -= folded.r_mag.exp() * moved
+                folded.b_mag.sub_(folded.r_mag.exp() * moved)
         if folded.w_skip is not None and dictionary.w_skip is not None:
             folded.w_skip.copy_(back.T @ dictionary.w_skip @ to)
-            folded.b_dec -= folded.w_skip @ mean
+            folded.b_dec.sub_(folded.w_skip @ mean)
         return folded
 
     def _matrices(self, like: Float[Tensor, "latents d"]) -> list[Tensor]:

@@ -126,6 +126,7 @@ def plans(config: SaeConfig, lm: "LanguageModel") -> "list[Plan]":
     from sonde.features.recipe import settings
 
     found: list[Plan] = []
+    kind = ""
     try:
         for kind in config.kinds or ():
             found += grid(

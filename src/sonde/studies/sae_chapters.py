@@ -384,7 +384,7 @@ def _table(setting: Setting) -> Table:
                 one.reconstruction.alive,
                 one.reconstruction.l2_ratio.estimate,
                 one.reconstruction.cosine.estimate,
-                one.reconstruction.relative_bias.estimate,
+                None if one.reconstruction.relative_bias is None else one.reconstruction.relative_bias.estimate,
             ]
             for name, one in setting.metrics.items()
         ],
