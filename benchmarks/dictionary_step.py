@@ -36,7 +36,7 @@ def sonde(x: Tensor, latents: int) -> Callable[[], object]:
 
 def sparsify(x: Tensor, latents: int) -> Callable[[], object]:
     """The parts of a step of its trainer, on one hookpoint."""
-    from sparsify import SparseCoder, SparseCoderConfig
+    from sparsify import SparseCoder, SparseCoderConfig  # type: ignore
 
     coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=latents, k=K))
     coder.b_dec.data = x.mean(0)
@@ -56,8 +56,8 @@ def sparsify(x: Tensor, latents: int) -> Callable[[], object]:
 
 def sae_lens(x: Tensor, latents: int) -> Callable[[], object]:
     """A step of its TopK training SAE, as its trainer takes it without autocast; its norms are folded at the end."""
-    from sae_lens.saes.sae import TrainStepInput
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput  # type: ignore
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig  # type: ignore
 
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=latents, k=K, device="cpu", dtype="float32"))
     optimiser = torch.optim.Adam(sae.parameters(), LR)
@@ -77,7 +77,7 @@ def sae_lens(x: Tensor, latents: int) -> Callable[[], object]:
 
 def dictionary_learning(x: Tensor, latents: int) -> Callable[[], object]:
     """A step of its TopK trainer."""
-    from dictionary_learning.trainers.top_k import TopKTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer  # type: ignore
 
     trainer = TopKTrainer(
         steps=100_000, activation_dim=x.shape[1], dict_size=latents, k=K, layer=0, lm_name="", lr=LR, device="cpu"

@@ -48,9 +48,7 @@ def show_recovery(seed: int) -> None:
     planted = PlantedDictionary.random(D, N, l0=L0, seed=seed)
     made, _, _ = trained(planted, start(planted, Design("topk", D, 1024, 6), seed=seed), seed=seed)
     found = recovery(made, planted.directions)
-    print(
-        f"recovery {seed}: mean cosine {found.mean}, found {found.found}, chance {found.chance:.3f}, {terms['fvu']:.4f}"
-    )
+    print(f"recovery {seed}: mean cosine {_of(found.mean)}, above .9 {_of(found.found)}, chance {found.chance:.3f}")
 
 
 def show_centring(seed: int) -> None:
@@ -67,7 +65,12 @@ def show_centring(seed: int) -> None:
 def show_auxk(seed: int) -> None:
     """Dead latents with and without the auxiliary loss, where half of them start with a bias of -0.6."""
     planted = PlantedDictionary.random(D, N, l0=L0, seed=seed)
-    for name, changes in (("none", {"aux_weight": 0.0}), ("aux", {}), ("unrectified", {"aux_rectify": False})):
+    ways: dict[str, dict[str, Any]] = {
+        "none": {"aux_weight": 0.0},
+        "aux": {},
+        "unrectified": {"aux_rectify": False},
+    }
+    for name, changes in ways.items():
         dictionary = start(planted, Design("topk", D, 320, 6), seed=seed)
         with torch.no_grad():
             dictionary.b_enc[::2] = -0.6

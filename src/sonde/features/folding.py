@@ -30,13 +30,13 @@ def folded_scale(dictionary: Dictionary, scale: float, *, target: float | None =
     if dictionary.design.layer_norm:
         raise ValueError("layer_norm takes every scale from the input already: there is none to fold")
     folded = copy.deepcopy(dictionary)
-    folded.w_enc *= scale
-    folded.w_dec /= to
-    folded.b_dec /= to
+    folded.w_enc.mul_(scale)
+    folded.w_dec.div_(to)
+    folded.b_dec.div_(to)
     if folded.w_skip is not None:
-        folded.w_skip *= scale / to
+        folded.w_skip.mul_(scale / to)
     if folded.threshold is not None and folded.design.ranked_by_norm:
-        folded.threshold /= to  # it is compared with pre times the norm of a row that has become shorter
+        folded.threshold.div_(to)  # it is compared with pre times the norm of a row that has become shorter
     return folded
 
 
@@ -56,13 +56,13 @@ def folded_norms(dictionary: Dictionary) -> Dictionary:
     norms = _norms(dictionary)
     folded = copy.deepcopy(dictionary)
     folded.design = replace(design, ranked_by_norm=False)
-    folded.w_enc *= norms[:, None]
-    folded.w_dec /= norms[:, None]
-    folded.b_enc *= norms
+    folded.w_enc.mul_(norms[:, None])
+    folded.w_dec.div_(norms[:, None])
+    folded.b_enc.mul_(norms)
     if folded.b_mag is not None:
-        folded.b_mag *= norms
+        folded.b_mag.mul_(norms)
     if design.kind == "jumprelu" and folded.threshold is not None:
-        folded.threshold *= norms
+        folded.threshold.mul_(norms)
     return folded
 
 

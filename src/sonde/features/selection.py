@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sonde.features.sparse_ops import Pattern
 
-_CHUNK = 1 << 22  # entries of a chunk: 16 MB in float32
+_CHUNK = 1 << 22  # entries of a chunk: 16 MB in float32, and no more than an eighth of all of them
 _GROUP = 8
 
 
@@ -29,7 +29,7 @@ def chunks(
     x: Float[Tensor, "n d"], weight: Float[Tensor, "latents d"], bias: Float[Tensor, " latents"]
 ) -> Iterator[tuple[int, Float[Tensor, "rows latents"]]]:
     """First row and preactivations of each chunk of rows; a chunk is overwritten by the next."""
-    size = max(1, min(len(x), _CHUNK // len(weight)))
+    size = max(1, min(-(-len(x) // 8), _CHUNK // len(weight)))
     buffer = torch.empty(size, len(weight), dtype=x.dtype, device=x.device)
     for start in range(0, len(x), size):
         rows = x[start : start + size]

@@ -132,7 +132,8 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        (gradient,) = grad_outputs
         values, weight = ctx.saved_tensors
         to_values = ctx.pattern.inner(gradient, weight) if ctx.needs_input_grad[0] else None
         to_weight = ctx.pattern.turned_product(values, gradient) if ctx.needs_input_grad[1] else None
@@ -151,7 +152,8 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = grad_outputs
         centred, weight = ctx.saved_tensors
         pattern: Pattern = ctx.pattern
         to_x = to_centre = to_weight = to_bias = None

@@ -22,7 +22,8 @@ class _JumpReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (gradient,) = grad_outputs
         pre, threshold = ctx.saved_tensors
         window = _window(pre, threshold, ctx.bandwidth)
         to_threshold = -(threshold / ctx.bandwidth) * (gradient * window).sum(0)
@@ -38,7 +39,8 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = grad_outputs
         pre, threshold = ctx.saved_tensors
         slope = gradient * _window(pre, threshold, ctx.bandwidth) / ctx.bandwidth
         return slope if ctx.to_input else None, -slope.sum(0), None, None
