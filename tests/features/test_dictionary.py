@@ -84,7 +84,7 @@ def test_every_kind_is_its_formula(name):
     if d.w_skip is not None:
         out = out + x @ d.w_skip.T
     if d.design.layer_norm:
-        out = out * (x.std(-1, keepdim=True) + 1e-5) + x.mean(-1, keepdim=True)
+        out = out * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
     assert torch.allclose(d(x), out, atol=1e-5)
     assert torch.allclose(d.latents_of(x, [3, 60, 3]), f[..., [3, 60, 3]], atol=1e-5)
     if d.design.k is None:
@@ -218,7 +218,7 @@ def test_with_the_error_added_back_only_what_is_changed_changes(name):
     def ablated(latents):
         return Sparse(torch.where(latents.indices == 7, 0, latents.values), latents.indices)
 
-    scale = x.std(-1, keepdim=True) + 1e-5 if d.design.layer_norm else 1
+    scale = x.std(-1, keepdim=True) if d.design.layer_norm else 1
     wanted = x - d.latents_of(x, [7]) * d.w_dec[7] * scale
     assert torch.allclose(d.splice(error=True, change=ablated)(x), wanted, atol=1e-5)
     assert torch.allclose(d.splice(change=lambda latents: latents)(x), d(x), atol=1e-5)
