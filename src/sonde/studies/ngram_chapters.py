@@ -96,8 +96,8 @@ def _stages(
                 ratio,
                 id="stages.order",
                 chapter="stages",
-                sentence=f"It comes closest to the n-grams of order {', '.join(orders)} at step {when}; the steps are in "
-                f"that order and at least {_APART:g} times apart in {agree} of {unit}.",
+                sentence=f"It comes closest to the n-grams of order {', '.join(orders)} at step {when}; the steps "
+                f"are in that order and at least {_APART:g} times apart in {agree} of {unit}.",
                 metric="smallest ratio between the steps of successive orders",
                 better="higher",
                 control=Control.of("n-grams of the shuffled text", control),

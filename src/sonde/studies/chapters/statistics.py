@@ -79,7 +79,7 @@ class Statistics(Part):
         kl, mixed = self._rows["text"], self._rows["shuffled"]
         seed = self.audit.config.seed
         means, others = bootstrap_means(kl, seed=seed), bootstrap_means(mixed, seed=seed)
-        best = int(np.argmin([mean.estimate for mean in means]))
+        best = _closest(kl, seed)
         finding = self._finding(kl, mixed, means, best)
         blocks: list[Any] = [self._chart(means, others, best)]
         answer = finding.sentence
@@ -96,8 +96,8 @@ class Statistics(Part):
             blocks=blocks,
             not_shown=(
                 "Being closest to one order does not make it an n-gram model: one that knows more is far from all of "
-                "them. The counts come from half of this text, so longer n-grams are estimated from little; with "
-                "more --tokens they come closer."
+                "them. Of orders that are equally close the lowest is named. The counts come from half of this text, "
+                "so longer n-grams are estimated from little; with more --tokens they come closer."
                 + ("" if series else " The model came without checkpoints, so nothing is said of when it learned this.")
             ),
             how=(
@@ -219,3 +219,12 @@ class Statistics(Part):
         )
         figure = Figure(id="statistics.checkpoints", chart=chart, caption="Divergence from n-grams by checkpoint.")
         return said, [figure, table]
+
+
+def _closest(kl: np.ndarray, seed: int) -> int:
+    """The lowest order that no other is clearly closer than, of `kl [windows, orders]`."""
+    least = int(kl.mean(0).argmin())
+    for order in range(least):
+        if paired_difference(kl[:, order], kl[:, least], seed=seed).low <= 0:
+            return order
+    return least
