@@ -9,6 +9,8 @@ from sonde.errors import SondeError
 from sonde.features.activation_rows import Selection
 from sonde.features.crosscoder import crosscoder
 from sonde.features.dictionary import Design, Dictionary
+from sonde.features.formats import sparsify
+from sonde.features.formats.detection import load_dictionary
 from sonde.features.metrics import Metrics, evaluate, evaluate_all
 from sonde.features.reconstruction import ReconstructionSums, density_edges, density_histogram
 from sonde.features.spliced_loss import recovered
@@ -237,6 +239,14 @@ def test_a_transcoder_is_not_evaluated_as_an_autoencoder(lm, batches):
         evaluate(lm, transcoder, batches)
     with pytest.raises(SondeError, match=r"is an autoencoder of resid_post\.1: it has no target mlp_out\.0"):
         evaluate(lm, random(lm.d_model), batches, target="mlp_out.0")
+
+
+def test_reading_a_dictionary_for_another_model_warns_with_both_names(lm, tmp_path):
+    sparsify.save(random(lm.d_model), tmp_path / "layers.1")
+    (tmp_path / "config.json").write_text('{"model": "EleutherAI/pythia-70m"}')
+    with pytest.warns(UserWarning, match="made for EleutherAI/pythia-70m and is used on organism:pebble"):
+        found = load_dictionary(tmp_path / "layers.1", lm=lm)
+    assert found.site == SITE
 
 
 def test_a_crosscoder_is_not_measured_at_one_site(lm, batches):
