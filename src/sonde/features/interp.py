@@ -276,6 +276,8 @@ class _Files:
 
     def __init__(self, folder: Path, scorers: Sequence[str], stack: ExitStack) -> None:
         def opened(path: Path) -> TextIO:
+            for left in path.parent.glob(f".{path.name}.*.part"):  # by a process that was killed
+                left.unlink(missing_ok=True)
             beside = stack.enter_context(replacing(path))
             return stack.enter_context(beside.open("w", encoding="utf-8", newline="\n"))
 

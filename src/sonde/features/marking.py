@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 OPEN, CLOSE = "<<", ">>"
 _SPECIAL = re.compile(r"([<>\\])")
-_MARKED = re.compile(r"(?<!\\)<<(.*?)(?<!\\)>>")
+_ESCAPED = re.compile(r"\\[<>\\]")
+_SIGNS = re.compile(r"\\[<>\\]|<<|>>|.", re.DOTALL)
 LINE_BREAK = "↵"
 
 
@@ -39,17 +40,22 @@ def marked(tokens: Sequence[str], marks: Sequence[bool]) -> str:
 
 def spans(text: str) -> list[str]:
     """What stands between marks in a text that `marked` made, with its escapes undone."""
-    return [unescaped(found) for found in _MARKED.findall(text)]
-
-
-def unescaped(text: str) -> str:
-    """A text without the backslashes that `marked` put before brackets and backslashes."""
-    return re.sub(r"\\([<>\\])", r"\1", text)
+    found: list[str] = []
+    inside = False
+    for sign in _SIGNS.findall(text):
+        if sign == OPEN:
+            found.append("")
+            inside = True
+        elif sign == CLOSE:
+            inside = False
+        elif inside:
+            found[-1] += sign[-1]
+    return found
 
 
 def _ambiguous(tokens: Sequence[str], marks: Sequence[bool]) -> bool:
     text = "".join(tokens)
-    if OPEN in text or CLOSE in text:
+    if OPEN in text or CLOSE in text or _ESCAPED.search(text):
         return True
     for before, after, a, b in zip(["", *tokens], [*tokens, ""], [False, *marks], [*marks, False], strict=True):
         if a != b and ((before and before[-1] in "<>\\") or (after and after[0] in "<>")):

@@ -154,7 +154,8 @@ responds to, as different from one another as you can make them, each on one lin
 
 _SIMULATED = ("names of metals", ("A", " ring", " of", " silver", " and", " tin", "."), (0, 0, 0, 10, 1, 9, 0))
 
-AGAIN_EXPLANATION = f"Answer once more with one line that begins with {EXPLANATION}"
+AGAIN = "Answer once more"
+AGAIN_EXPLANATION = f"{AGAIN} with one line that begins with {EXPLANATION}"
 
 
 def explain(

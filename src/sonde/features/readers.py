@@ -73,7 +73,7 @@ class LiteralReader:
 
     async def complete(self, messages: Sequence[Message], params: Params) -> Completion:
         """Answer one question."""
-        system, asked = messages[0]["content"], messages[-1]["content"]
+        system, asked = messages[0]["content"], _question(messages)
         rng = random.Random(f"{self._seed}\n{system}\n{asked}")
         return _completion(self._answer(system, asked, rng), messages, params, [_SURE])
 
@@ -131,7 +131,7 @@ class CoinReader:
 
     async def complete(self, messages: Sequence[Message], params: Params) -> Completion:
         """Answer one question."""
-        system, asked = messages[0]["content"], messages[-1]["content"]
+        system, asked = messages[0]["content"], _question(messages)
         rng = random.Random(f"{self._seed}\n{system}\n{asked}")
         if system.startswith((questions.EXPLAIN, questions.EXPLAIN_TOKENS)):
             words = _EXPLANATION_WORDS + _REASONING_WORDS * system.endswith(questions.CHAIN)
@@ -156,6 +156,12 @@ def read_description(asked: str) -> tuple[str, str]:
     """The explanation of a question and what comes after it."""
     head, _, body = asked.rpartition(questions.DESCRIPTION)[2].partition("\n\n")
     return head.strip(), body
+
+
+def _question(messages: Sequence[Message]) -> str:
+    """The question itself, also where it is put once more."""
+    texts = [message["content"] for message in messages if message["role"] == "user"]
+    return next(text for text in reversed(texts) if not text.startswith(questions.AGAIN))
 
 
 def _completion(text: str, messages: Sequence[Message], params: Params, likely: Sequence[float]) -> Completion:

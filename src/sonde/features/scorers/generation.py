@@ -36,7 +36,7 @@ class Generation:
         """Ask for the texts in one question and run them through the model. Fewer texts than asked for are unread."""
         chance = subject.examples.active / self.windows
         params = Params(max_tokens=60 * self.texts)
-        again = f"Answer once more with {self.texts} texts on numbered lines, and nothing else."
+        again = f"{questions.AGAIN} with {self.texts} texts on numbered lines, and nothing else."
         try:
             found, _ = await client.parsed(questions.generate(explanation, self.texts), params, _read, again)
         except Unanswered:

@@ -91,7 +91,7 @@ class Intruder:
         one = record(cases[place], label=True)
         one |= {"quantile": cases[place - 1].window.quantile, "label": place + 1}
         messages = questions.intrude([case.marked(row) for case, row in zip(cases, marks, strict=True)])
-        again = f"Answer once more with a number from 1 to {self.shown}, and nothing else."
+        again = f"{questions.AGAIN} with a number from 1 to {self.shown}, and nothing else."
         try:
             number, _ = await client.parsed(messages, Params(max_tokens=16), self._read, again)
         except Unanswered:

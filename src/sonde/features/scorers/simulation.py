@@ -85,7 +85,7 @@ class Simulation:
                 params = Params(max_tokens=1, prompt_logprobs=_ALTERNATIVES)
                 return expected(await client.complete(messages, params), count)
             params = Params(max_tokens=_answer_tokens(case), schema=questions.digits_schema(count, highest=LEVELS))
-            again = f"Answer once more with a list of {count} whole numbers from 0 to {LEVELS}, and nothing else."
+            again = f"{questions.AGAIN} with a list of {count} whole numbers from 0 to {LEVELS}, and nothing else."
             digits, _ = await client.parsed(
                 messages, params, lambda reply: questions.read_digits(reply.text, count, highest=LEVELS), again
             )

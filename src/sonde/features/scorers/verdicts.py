@@ -120,7 +120,7 @@ async def _fill(
         top_logprobs=_ALTERNATIVES if logprobs else 0,
         schema=questions.digits_schema(count),
     )
-    again = f"Answer once more with a list of {count} digits, 0 or 1, and nothing else."
+    again = f"{questions.AGAIN} with a list of {count} digits, 0 or 1, and nothing else."
     try:
         digits, answer = await client.parsed(
             messages, params, lambda reply: questions.read_digits(reply.text, count), again
