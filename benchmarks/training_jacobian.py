@@ -3,8 +3,9 @@
     python benchmarks/training_jacobian.py                    # one block of columns of N = 4,810 in every way, in turn
     python benchmarks/training_jacobian.py --hidden 16 --whole # all columns of N = 1,210, and the shape of its spectrum
 
-Ways: the fused recursion; the same recursion with `torch.func`'s vmap(jvp(grad)); and, where it is installed, JAX's
-vectorised jvp through a scan over steps, which is how the original code does it. Steps after the first `--steps` cost
+Ways: the same forward recursion with `torch.func`'s vmap(jvp(grad)), the baseline, and with our path for any module,
+vmap of the pullback of the gradient; the fused recursion; and, where it is installed, JAX's vectorised jvp through a
+scan over steps, which is how the original code does it. Steps after the first `--steps` cost
 the same and are left out of the comparison; `dense` in the table is the time times N / columns · T / steps.
 """
 
@@ -13,8 +14,11 @@ import time
 
 import torch
 from pairing import interleave, machine
+from torch.func import grad, jvp, vmap
 
 from sonde.data.digits import Digits, digits
+from sonde.dynamics.curvature import AutogradCurve
+from sonde.dynamics.fused_mlp import FusedMLP
 from sonde.dynamics.jacobian import TrainingJacobian
 from sonde.dynamics.jacobian_operators import top_singular
 from sonde.dynamics.jacobian_spectrum import TOLERANCES, Spectrum
@@ -64,13 +68,33 @@ def jax_way(map: TrainingMap, steps: int, columns: int):
     return lambda: block(eye).block_until_ready()
 
 
+class _ForwardOverReverse(AutogradCurve):
+    """Hessian products as `torch.func` offers them: a jvp of the gradient."""
+
+    def product(self, step, x, out, beta) -> None:
+        map, theta = self.path.map, self.path[step].theta
+
+        def hvp(v):
+            return jvp(grad(lambda weights: map.loss_at(weights, step)), (theta,), (v,))[1]
+
+        with torch.no_grad():
+            made = vmap(hvp)(x[0])
+        out[0].mul_(beta).add_(made) if beta else out[0].copy_(made)
+
+
 def compare(map: TrainingMap, steps: int, columns: int, rounds: int) -> None:
     """One block in every way, in turn."""
     path = record(map)
     eye = torch.eye(map.n)[:, :columns]
     ways = {}
-    for name, fused in (("torch.func vmap(jvp(grad))", False), ("fused", True)):
-        jacobian = TrainingJacobian(path, fused=fused, block=columns if not fused else None)
+    curves = {
+        "torch.func vmap(jvp(grad))": _ForwardOverReverse(path, block=columns),
+        "any module": AutogradCurve(path, block=columns),
+        "fused": FusedMLP(path),
+    }
+    for name, curve in curves.items():
+        jacobian = TrainingJacobian(path)
+        jacobian.curve = curve
         ways[name] = lambda jacobian=jacobian: jacobian.jvp(eye, step=steps)
     if (other := jax_way(map, steps, columns)) is not None:
         ways["jax jvp through scan"] = other
@@ -104,9 +128,8 @@ def whole(map: TrainingMap) -> None:
     print({t: round(spectrum.fraction(t), 4) for t in TOLERANCES}, "largest", round(float(spectrum.sigma[0]), 2))
     middle = spectrum.order[map.n // 2]
     print(f"cos(u, v) at half of the order {spectrum.alignment()[middle]:.3f}")
-    print(
-        f"displacement in the most bulk-like 60 %: {spectrum.displaced_share(map.start, path.end, int(0.6 * map.n)):.3f}"
-    )
+    share = spectrum.displaced_share(map.start, path.end, int(0.6 * map.n))
+    print(f"displacement in the most bulk-like 60 %: {share:.3f}")
 
 
 if __name__ == "__main__":

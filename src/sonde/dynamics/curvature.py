@@ -77,6 +77,6 @@ class AutogradCurve:
         """The pullback of the gradient, vectorised over columns: H is its own transpose, and its graph is made once."""
         map, theta = self.path.map, self.path[step].theta
         with map.draws(step):
-            _, pull = vjp(grad(lambda weights: map.loss_at(weights, step)), theta)
+            pull = vjp(grad(lambda weights: map.loss_at(weights, step)), theta)[1]
         (made,) = vmap(pull)(x[0])
         out[0].mul_(beta).add_(made) if beta else out[0].copy_(made)

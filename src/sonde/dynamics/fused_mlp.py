@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sonde.dynamics.training_map import TrainingMap
 from sonde.dynamics.trajectory import Trajectory
 from sonde.dynamics.update_rules import Parts
-from sonde.nets.mlp import MLP, activate
+from sonde.nets.mlp import MLP, Activation, activate
 
 _CACHE = 1 << 30  # bytes of activations that are kept for all columns
 
@@ -45,12 +45,12 @@ def fusible(map: TrainingMap) -> bool:
 class FusedMLP:
     """The curve of a perceptron."""
 
-    def __init__(self, path: Trajectory, *, block: int = 128) -> None:
+    def __init__(self, path: Trajectory, *, block: int = 64) -> None:
         self.path = path
         self.block = block
         assert isinstance(path.map.module, MLP)
         self._sizes = path.map.module.shape.sizes
-        self._activation = path.map.module.shape.activation
+        self._activation: Activation = path.map.module.shape.activation
         self._steps: dict[int, _Step] = {}
         self._room = _CACHE
         self._buffers: dict[tuple, Tensor] = {}
@@ -165,7 +165,7 @@ class FusedMLP:
         return self._buffers[key]
 
 
-def _derivatives(z: Tensor, activation) -> tuple[Tensor, Tensor]:
+def _derivatives(z: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """φ'(z) and φ''(z)."""
     with torch.enable_grad():
         at = z.detach().requires_grad_()

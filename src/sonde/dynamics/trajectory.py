@@ -93,7 +93,7 @@ def record(
     module = copy.deepcopy(map.module)
     torch.nn.utils.vector_to_parameters(theta0.clone(), module.parameters())
     optimizer = RuleOptimizer(module.parameters(), map.rule)
-    named = dict(module.named_parameters())
+    named: dict[str, Tensor] = dict(module.named_parameters())
 
     def loss_of_step(step: int) -> Tensor:
         x, y = map.batch(step)

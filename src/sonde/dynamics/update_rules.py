@@ -46,8 +46,15 @@ class StepTaken:
 class Rule(Protocol):
     """What the training Jacobian asks of an optimiser."""
 
-    lr: float
-    l2: float
+    @property
+    def lr(self) -> float:
+        """The learning rate before any schedule."""
+        ...
+
+    @property
+    def l2(self) -> float:
+        """The weight of the L2 penalty."""
+        ...
 
     @property
     def n_moments(self) -> int:
@@ -232,7 +239,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.rule = rule
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter; one without a gradient has a gradient of 0, as it has for the Jacobian."""
         if closure is not None:
             raise SondeError("this optimiser takes no closure: compute the loss and its gradient first")

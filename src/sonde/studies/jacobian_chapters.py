@@ -203,7 +203,7 @@ def _response(seeds: Seeds, config: "TrainingJacobianConfig", command: str) -> C
         return each["response"]["along"][i] / each["response"]["expected"][i]
 
     def off(i: int) -> Interval:
-        return over(seeds, lambda each: (ratio(each, i)[small] - 1).abs().max())
+        return over(seeds, lambda each: float((ratio(each, i)[small] - 1).abs().max()))
 
     bulk, chaotic = off(names.index("bulk")), off(names.index("chaotic"))
     sentence = "A bulk direction answers linearly to steps of up to the length 1; the most amplified one does not."
