@@ -97,7 +97,7 @@ def test_thresholds_move_and_stay_at_0_or_above(name):
     before = step.module.threshold.detach().clone()
     for x in batches(15):
         step(x)
-        assert float(step.module.threshold.min()) >= 0
+        assert float(step.module.threshold.detach().min()) >= 0
     assert not torch.equal(before, step.module.threshold)
 
 
