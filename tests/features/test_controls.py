@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 def test_principal_components_are_the_projection_with_the_least_error():
     x = torch.randn(500, 12) * torch.linspace(1, 6, 12) + 4
-    made = principal_components(Sample.of(x), 5, site="embed")
+    made = principal_components(Sample.of(x, covariance=True), 5, site="embed")
     centred = (x - x.mean(0)).double()
     values = torch.linalg.svdvals(centred)
     error = (x - made(x)).double().square().sum()
@@ -31,4 +31,9 @@ def test_random_directions_keep_k_latents_around_the_mean():
 
 def test_more_components_than_numbers_are_refused():
     with pytest.raises(SondeError, match="1 to 12 principal components"):
-        principal_components(Sample.of(torch.randn(20, 12)), 13)
+        principal_components(Sample.of(torch.randn(20, 12), covariance=True), 13)
+
+
+def test_a_sample_without_its_covariance_has_no_components():
+    with pytest.raises(ValueError, match="measure it with covariance=True"):
+        principal_components(Sample.of(torch.randn(20, 12)), 3)

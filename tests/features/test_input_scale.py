@@ -33,7 +33,7 @@ def made(kind, *, transcodes=False, skip=False, **more):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", ["relu", "topk", "batchtopk", "jumprelu", "gated"])
 def test_a_folded_dictionary_reads_what_the_trained_one_read_scaled(rows, scale, kind):
-    dictionary, change = made(kind), InputScale.of(scale, Sample.of(rows))
+    dictionary, change = made(kind), InputScale.of(scale, Sample.of(rows, covariance=True))
     folded = change.folded(dictionary)
     torch.testing.assert_close(folded(rows), change.inverse(dictionary(change(rows))), rtol=1e-4, atol=1e-4)
 
@@ -43,7 +43,10 @@ def test_a_folded_dictionary_reads_what_the_trained_one_read_scaled(rows, scale,
 def test_a_folded_transcoder_predicts_on_the_scale_of_its_target(rows, scale, kind):
     target_rows = rows.flip(1) * 2 - 1
     dictionary = made(kind, transcodes=True, skip=True)
-    reads, writes = InputScale.of(scale, Sample.of(rows)), InputScale.of(scale, Sample.of(target_rows))
+    reads, writes = (
+        InputScale.of(scale, Sample.of(rows, covariance=True)),
+        InputScale.of(scale, Sample.of(target_rows, covariance=True)),
+    )
     folded = reads.folded(dictionary, writes)
     torch.testing.assert_close(folded(rows), writes.inverse(dictionary(reads(rows))), rtol=1e-4, atol=1e-4)
 
@@ -52,7 +55,7 @@ def test_a_folded_transcoder_predicts_on_the_scale_of_its_target(rows, scale, ki
 @pytest.mark.parametrize("streams", [(), (5, 7)])
 def test_one_threshold_on_ranks_by_norm_is_folded_as_thresholds_of_latents(rows, scale, streams):
     dictionary = made("batchtopk", ranked_by_norm=True, streams=streams)
-    samples = [Sample.of(part) for part in rows.split(streams or [D], 1)]
+    samples = [Sample.of(part, covariance=True) for part in rows.split(streams or [D], 1)]
     change = InputScale.of(scale, *samples)
     folded = change.folded(dictionary)
     torch.testing.assert_close(folded(rows), change.inverse(dictionary(change(rows))), rtol=1e-4, atol=1e-4)
@@ -61,7 +64,7 @@ def test_one_threshold_on_ranks_by_norm_is_folded_as_thresholds_of_latents(rows,
 
 
 def test_scales_are_what_they_say(rows):
-    sample = Sample.of(rows)
+    sample = Sample.of(rows, covariance=True)
     assert InputScale.of("norm", sample)(rows).norm(dim=1).mean().item() == pytest.approx(D**0.5, rel=1e-4)
     assert (InputScale.of("rms", sample)(rows) ** 2).mean().item() == pytest.approx(1, rel=1e-4)
     white = InputScale.of("whiten", sample)(rows)
@@ -71,12 +74,12 @@ def test_scales_are_what_they_say(rows):
 
 def test_a_scale_that_was_saved_is_the_same(rows):
     for kind in SCALES:
-        scale = InputScale.of(kind, Sample.of(rows))
+        scale = InputScale.of(kind, Sample.of(rows, covariance=True))
         assert torch.equal(InputScale.from_state(scale.state())(rows), scale(rows))
 
 
 def test_whitening_is_refused_where_norms_choose(rows):
-    scale = InputScale.of("whiten", Sample.of(rows))
+    scale = InputScale.of("whiten", Sample.of(rows, covariance=True))
     with pytest.raises(SondeError, match="ranked_by_norm takes no such scale"):
         scale.folded(made("topk", ranked_by_norm=True))
 

@@ -272,6 +272,16 @@ def reference(lm, text, plans, sources, steps):
     return [trainee.finished({}, {}) for trainee in trainees]
 
 
+@pytest.mark.parametrize("centre", ["mean", "median", "none"])
+def test_a_bias_starts_at_the_centre_of_a_sample_on_the_scale_of_training(lm, text, centre):
+    processes = Processes(lm.device)
+    sample = measured(lm, text, ["resid_post.1"], Selection(), processes, median=True)["resid_post.1"]
+    plan = Plan("resid_post.1", Design("topk", lm.d_model, 48, 4), scale="norm", centre=centre)
+    bias = Trainee(plan, 10, processes, {"resid_post.1": sample}).step.module.b_dec.detach()
+    expected = {"mean": sample.mean, "median": sample.median, "none": 0 * sample.mean}[centre]
+    torch.testing.assert_close(bias, (expected * lm.d_model**0.5 / sample.norm).float())
+
+
 @pytest.mark.parametrize("loss", ["kl", "ce"])
 @pytest.mark.parametrize("scale", ["none", "norm"])
 def test_end_to_end_training_lowers_what_the_model_loses(lm, text, loss, scale, tmp_path):

@@ -15,14 +15,14 @@ from sonde.features.input_scale import Sample
 
 @torch.no_grad()
 def principal_components(sample: Sample, k: int, *, site: str | None = None) -> Dictionary:
-    """The projection on the k directions of largest variance of a sample, as a dictionary of kind "relu".
+    """The projection on the k directions of largest variance of a sample with its covariance, of kind "relu".
 
     Raises `SondeError` for more components than the rows have numbers.
     """
     d = len(sample.mean)
     if not 1 <= k <= d:
         raise SondeError(f"k is {k}: rows of {d} numbers have 1 to {d} principal components")
-    top = torch.linalg.eigh(sample.covariance)[1][:, -k:].T.flip(0).float()
+    top = torch.linalg.eigh(sample.spread)[1][:, -k:].T.flip(0).float()
     made = Dictionary(Design("relu", d, 2 * k))
     made.w_enc.copy_(torch.cat([top, -top]))
     made.w_dec.copy_(made.w_enc)

@@ -27,27 +27,37 @@ _RIDGE = 1e-4  # of the mean variance
 
 @dataclass(frozen=True)
 class Sample:
-    """What a sample of rows says: mean and geometric median, E‖x‖, E‖x‖², covariance; float64."""
+    """What a sample of rows says: mean, E‖x‖, E‖x‖² and, where asked, covariance and geometric median; float64."""
 
     mean: Float[Tensor, " d"]
-    median: Float[Tensor, " d"]
     norm: Float[Tensor, ""]
     square: Float[Tensor, ""]
-    covariance: Float[Tensor, "d d"]
+    covariance: Float[Tensor, "d d"] | None = None
+    median: Float[Tensor, " d"] | None = None
 
     @staticmethod
-    def of(rows: Float[Tensor, "n d"]) -> "Sample":
+    def of(rows: Float[Tensor, "n d"], *, covariance: bool = False, median: bool = False) -> "Sample":
         """Measure rows."""
         x = rows.double()
         mean = x.mean(0)
-        centred = x - mean
         return Sample(
-            mean, geometric_median(x), x.norm(dim=1).mean(), (x**2).sum(1).mean(), centred.T @ centred / len(x)
+            mean,
+            x.norm(dim=1).mean(),
+            x.square().sum(1).mean(),
+            (x - mean).T @ (x - mean) / len(x) if covariance else None,
+            geometric_median(x) if median else None,
         )
 
     def tensors(self) -> list[Tensor]:
-        """All of them, to be averaged over processes in place."""
-        return [self.mean, self.median, self.norm, self.square, self.covariance]
+        """What was measured, to be averaged over processes in place."""
+        return [part for part in (self.mean, self.norm, self.square, self.covariance, self.median) if part is not None]
+
+    @property
+    def spread(self) -> Float[Tensor, "d d"]:
+        """The covariance. Raises `ValueError` where it was not measured."""
+        if self.covariance is None:
+            raise ValueError("this sample has no covariance: measure it with covariance=True")
+        return self.covariance
 
 
 class InputScale:
@@ -70,7 +80,7 @@ class InputScale:
         if not all(float(sample.square) > 0 for sample in samples):
             raise SondeError("all activations of the sample are 0: there is no scale to take them to")
         if kind == "whiten":
-            maps = [_whitening(sample.covariance) for sample in samples]
+            maps = [_whitening(sample.spread) for sample in samples]
         else:
             sizes = [
                 (float(s.norm) if kind == "norm" else float(s.square) ** 0.5) / len(s.mean) ** 0.5 for s in samples

@@ -81,7 +81,7 @@ class Trainee:
 
     def _centre(self, samples: list[Sample], scale: InputScale) -> Float[Tensor, " d"]:
         centres = [sample.median if self.plan.centre == "median" else sample.mean for sample in samples]
-        return scale(torch.cat(centres).float()).to(self._processes.device)
+        return scale(torch.cat([centre for centre in centres if centre is not None]).float()).to(self._processes.device)
 
     def _check(self, samples: Mapping[str, Sample]) -> None:
         plan, design = self.plan, self.plan.design

@@ -81,8 +81,8 @@ def train_dictionaries(
     processes = Processes(torch.device(device) if device is not None else lm.device)
     sites = matched(lm, *(site for plan in plans for site in (*plan.reads, *plan.predicts)))
     whole = any(plan.end_to_end for plan in plans)
-    wanted = Passes(lm, batches, sites, selection, epochs=order.epochs).available()
-    steps, truncated = _steps(len(batches), wanted, tokens, order, processes, whole=whole)
+    available = Passes(lm, batches, sites, selection, epochs=order.epochs).available()
+    steps, truncated = _steps(len(batches), available, tokens, order, processes, whole=whole)
     identity = {
         "plans": [plan.to_json() for plan in plans],
         "order": {**asdict(order), "folder": None},
@@ -95,7 +95,11 @@ def train_dictionaries(
     path = None if checkpoint is None else Path(checkpoint)
     saved = _saved(path, identity)
     if saved is None:
-        samples = measured(lm, batches, sites, selection, processes)
+        wanted = {
+            "covariance": any(plan.scale == "whiten" for plan in plans),
+            "median": any(plan.centre == "median" for plan in plans),
+        }
+        samples = measured(lm, batches, sites, selection, processes, **wanted)
         trainees = [Trainee(plan, steps, processes, samples) for plan in plans]
     else:
         trainees = [Trainee(plan, steps, processes) for plan in plans]
@@ -210,14 +214,24 @@ def _steps(
 
 
 def measured(
-    lm: LanguageModel, batches: TokenBatches, sites: Sequence[str], selection: Selection, processes: Processes
+    lm: LanguageModel,
+    batches: TokenBatches,
+    sites: Sequence[str],
+    selection: Selection,
+    processes: Processes,
+    *,
+    covariance: bool = False,
+    median: bool = False,
 ) -> dict[str, Sample]:
-    """Means and sizes of every site's rows, over all processes."""
+    """Means and sizes of some rows of every site, over all processes."""
     passes = Passes(lm, batches, sites, selection)
     parts: list[Rows] = []
     while passes.tokens < _SAMPLE and (rows := passes.next_rows()) is not None:
         parts.append(rows)
-    samples = {site: Sample.of(torch.cat([part[site] for part in parts])) for site in sites}
+    samples = {
+        site: Sample.of(torch.cat([part[site] for part in parts]), covariance=covariance, median=median)
+        for site in sites
+    }
     if processes.world > 1:
         share = torch.tensor(float(passes.tokens), dtype=torch.float64, device=lm.device)
         tensors = [tensor for sample in samples.values() for tensor in sample.tensors()]

@@ -218,7 +218,7 @@ def _trained(
             )
         for plan, dictionary in zip(chosen, made, strict=True):
             dictionary.save(folders[plan.name])  # type: ignore[union-attr] - plans of one site
-        samples = measured(lm, fit, sites, Selection(), Processes(lm.device))
+        samples = measured(lm, fit, sites, Selection(), Processes(lm.device), covariance=True)
         for site, sample in samples.items():
             principal_components(sample, min(config.k, lm.d_model), site=site).save(_control(run, site, COMPONENTS))
             random = random_directions(sample, config.latents, config.k, site=site, seed=config.seed + 1000)
