@@ -77,12 +77,20 @@ def test_surprisal_is_the_difference_of_whole_runs(lm, world, batch):
         assert abs(float(losses[0] - losses[1]) - value) < 1e-4
 
 
-def test_windows_of_one_latent_are_nearer_to_each_other(world):
-    repeated = [dataclasses.replace(one, test=one.train[:8] + one.test) for one in world[0][:3]]
-    for one in repeated:
-        found = example_embedding_score(one, words)
-        assert len(found.values) == 8 + 30 + 30
-        assert found.auc is not None and found.auc > 0.5
+def test_windows_of_one_latent_are_nearer_to_each_other(world, tmp_path):
+    cache = planted(tmp_path, [(word,) for word in range(10, 18)], sequences=600)
+    drawn = [examples(cache, "planted", latent, config=SMALL) for latent in range(8)]
+    found = [example_embedding_score(one, words) for one in drawn if isinstance(one, LatentExamples)]
+    assert [len(one.values) for one in found] == [60] * 8
+    above = np.array([one.auc for one in found]) - 0.5
+    assert above.mean() > 3 * above.std() / np.sqrt(8)
+    one = drawn[0]
+    assert isinstance(one, LatentExamples)
+    texts = [[words(w.tokens) for w in part] for part in (one.train, one.train_negatives, one.test[:1])]
+    embed = WordOverlap([*texts[0], *texts[1]])
+    query = embed(texts[2])[0]
+    means = [np.mean([query @ vector for vector in embed(part)]) for part in texts[:2]]
+    assert np.isclose(found[0].values[0], means[0] - means[1])
     no_train = dataclasses.replace(world[0][0], train_negatives=[])
     with pytest.raises(SondeError, match="sample both"):
         example_embedding_score(no_train, words)

@@ -17,11 +17,10 @@ from jaxtyping import Bool, Float, Int
 
 from sonde.errors import SondeError
 from sonde.features.latent_cache import Activations, LatentCache
+from sonde.features.marking import SHARE, strengths
 
 Mode = Literal["slot", "centred"]
 Kind = Literal["active", "random", "neighbours", "hard"]
-LEVELS = 10
-MARKED = 0.3  # a token is marked where it fires with more than this share of its window's maximum
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +63,11 @@ class Window:
     @property
     def marked(self) -> Bool[np.ndarray, " length"]:
         """The tokens at which the latent fires with more than .3 of the window's maximum."""
-        return self.activations > MARKED * self.max
+        return self.activations > SHARE * self.max
 
     def normalised(self, largest: float) -> Int[np.ndarray, " length"]:
         """Activations from 0 to 10, where `largest` is that of all windows of the latent."""
-        return np.clip(np.ceil(LEVELS * self.activations / largest), 0, LEVELS).astype(np.int64)
+        return np.array(strengths(self.activations.tolist(), largest))
 
 
 class ActiveWindows:
