@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 
 from sonde.errors import SondeError
 from sonde.features.latent_cache import Activations, LatentCache
-from sonde.features.marking import SHARE, strengths
+from sonde.features.marking import SHARE as MARKED
+from sonde.features.marking import strengths
 
 Mode = Literal["slot", "centred"]
 Kind = Literal["active", "random", "neighbours", "hard"]
@@ -63,7 +64,7 @@ class Window:
     @property
     def marked(self) -> Bool[np.ndarray, " length"]:
         """The tokens at which the latent fires with more than .3 of the window's maximum."""
-        return self.activations > SHARE * self.max
+        return self.activations > MARKED * self.max
 
     def normalised(self, largest: float) -> Int[np.ndarray, " length"]:
         """Activations from 0 to 10, where `largest` is that of all windows of the latent."""
