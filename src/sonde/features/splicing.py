@@ -24,7 +24,7 @@ def splice(
     Tokens where `taken` is false keep what they have. The edits are for one pass at a time over rows of that shape.
     """
     if site == target:
-        return {site: _where(taken, lambda x: dictionary(x))}
+        return {site: _where(taken, dictionary)}
     seen: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def splice(
         return x
 
     def put(y: Tensor) -> Tensor:
-        return _where(taken, lambda rows: dictionary(rows), source=seen.pop())(y)
+        return _where(taken, dictionary, source=seen.pop())(y)
 
     return {site: keep, target: put}
 

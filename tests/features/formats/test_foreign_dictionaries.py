@@ -243,6 +243,15 @@ def test_standardised_rows_of_saelens_also_where_they_are_small(tmp_path, size):
     torch.testing.assert_close(dictionary(x) / size, ((f @ w_dec + b_dec) * std + mean) / size, atol=1e-4, rtol=1e-4)
 
 
+def test_weights_that_were_processed_before_training_are_a_warning(tmp_path):
+    metadata = {"model_name": "gpt2-small", "model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    folder = write_saelens(tmp_path, lens_tensors(*weights()[:4]), architecture="standard", metadata=metadata)
+    with pytest.warns(UserWarning, match="trained on gpt2-small with center_writing_weights: the model as it is"):
+        load_dictionary(folder)
+    metadata["model_from_pretrained_kwargs"]["center_writing_weights"] = False
+    load_dictionary(write_saelens(tmp_path, lens_tensors(*weights()[:4]), architecture="standard", metadata=metadata))
+
+
 # Gemma Scope, Llama Scope
 
 

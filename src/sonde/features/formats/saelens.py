@@ -6,6 +6,7 @@ the input ("expected_average_only_in") is not in the file before it is folded: i
 keys are `hook_point`, `activation_fn_str` and `activation_fn_kwargs`, and a TopK dictionary calls itself "standard".
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,26 @@ _KINDS = {
 }
 _SCALED = "expected_average_only_in"
 _NORMALISATIONS = ("none", _SCALED, "layer_norm")
+_PROCESSING = ("center_writing_weights", "fold_ln", "refactor_factored_attn_matrices")
 _FACTORS = ("scaling_factor", "finetuning_scaling_factor")
 
 
 def load(folder: Path, *, input_scale: float | None = None) -> Dictionary:
     """Read a dictionary; `input_scale` is the factor on the input where the file says that there was one.
 
-    Raises `SondeError` for files that are missing, damaged or not what the format says.
+    Raises `SondeError` for files that are missing, damaged or not what the format says. Warns where the model's weights
+    were processed before the activations were taken: those of the model as it is are others.
     """
     path = folder / CONFIG
     config = read_json(path)
     config |= dict(config.get("metadata") or {})
+    processed = {name: on for name, on in (config.get("model_from_pretrained_kwargs") or {}).items() if on}
+    if changes := sorted(set(processed) & set(_PROCESSING)):
+        warnings.warn(
+            f"{path}: the dictionary was trained on {config.get('model_name')} with {' and '.join(changes)}: the model "
+            "as it is has other activations",
+            stacklevel=2,
+        )
     architecture, k = _architecture(config, path)
     transcodes = architecture.endswith("transcoder")
     d = int(setting(config, path, "d_in"))
