@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sonde.features.marking import marked, plain, spans
+from sonde.features.marking import marked, plain, spans, strengths
 
 
 @given(st.lists(st.tuples(st.text("ab<>\\ ", max_size=4), st.booleans()), max_size=8))
@@ -36,3 +36,8 @@ def test_literal_marks_are_escaped(tokens):
 
 def test_code_that_cannot_be_mistaken_is_left_as_it_is():
     assert marked(["a", " ->", " b"], [True, False, False]) == "<<a>> -> b"
+
+
+def test_strengths_are_whole_numbers_that_rounding_does_not_raise():
+    assert strengths([0.0, 0.3, 0.30004, 0.31, 1.0, 2.0, -1.0], 1.0) == [0, 3, 3, 4, 10, 10, 0]
+    assert strengths([0.0], 0.0) == [0]

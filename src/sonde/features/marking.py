@@ -4,14 +4,24 @@ Adjacent marked tokens share one pair. Text that holds << or >> itself, or a mar
 written with a backslash before every angle bracket and backslash of the window, so that a mark is never ambiguous.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
 OPEN, CLOSE = "<<", ">>"
+SHARE = 0.3  # a token is marked where its activation is above this share of the window's largest
 _SPECIAL = re.compile(r"([<>\\])")
 _ESCAPED = re.compile(r"\\[<>\\]")
 _SIGNS = re.compile(r"\\[<>\\]|<<|>>|.", re.DOTALL)
 LINE_BREAK = "↵"
+
+
+def strengths(activations: Sequence[float], largest: float) -> list[int]:
+    """Activations as whole numbers from 0 to 10: clamp(ceil(10 a / a_max), 0, 10), a_max over all windows."""
+    if not largest > 0:
+        return [0] * len(activations)
+    # Rounded before the ceiling: 10 * 0.3 / 1.0 in half precision is a little above 3.
+    return [min(10, max(0, math.ceil(round(10 * a / largest, 3)))) for a in activations]
 
 
 def one_line(text: str) -> str:

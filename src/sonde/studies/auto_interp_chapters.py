@@ -178,7 +178,7 @@ def _scores_chapter(
 
 
 def _latents_chapter(latents: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> "Chapter":
-    from sonde.features.marking import marked
+    from sonde.features.marking import SHARE, marked
     from sonde.runs.blocks import Chapter, Column, Table
 
     scorers = list(summary["scores"])
@@ -188,7 +188,7 @@ def _latents_chapter(latents: Sequence[Mapping[str, Any]], summary: Mapping[str,
         if one["windows"]:
             window = one["windows"][0]
             top = max(window["activations"])
-            shown = marked(window["tokens"], [a > 0.3 * top for a in window["activations"]])
+            shown = marked(window["tokens"], [a > SHARE * top for a in window["activations"]])
         scores = [one["measures"].get(name) for name in scorers]
         rows.append(
             [
