@@ -121,12 +121,14 @@ def grid(
     seeds: Sequence[int] = (0,),
     config: StepConfig | None = None,
     scale: Scale = "none",
+    threshold: float = 0.001,
+    bandwidth: float = 0.001,
 ) -> list[Plan]:
     """Autoencoders of all `sites` (names or patterns) in every combination of the other settings.
 
     `ks` are for kinds with k and, as the L0 that is aimed at, for "jumprelu"; `sparsities` (λ) are for "relu", "gated"
-    and "jumprelu". Widths are the model's. Raises `SondeError` for sites that do not exist, naming the nearest, and
-    `ValueError` as `Design` does.
+    and "jumprelu", `threshold` and `bandwidth` for "jumprelu" alone. Widths are the model's. Raises `SondeError` for
+    sites that do not exist, naming the nearest, and `ValueError` as `Design` does.
     """
     config = config or StepConfig()
     plans: list[Plan] = []
@@ -140,9 +142,8 @@ def grid(
                 for k in ks
                 for value in sparsities
             ]
-            made = [
-                (Design(kind, inputs, width), aim, f"l0-{aim.target_l0}" + _labelled("-", aim.sparsity)) for aim in aims
-            ]
+            jumping = Design(kind, inputs, width, threshold=threshold, bandwidth=bandwidth)
+            made = [(jumping, aim, f"l0-{aim.target_l0}" + _labelled("-", aim.sparsity)) for aim in aims]
         else:
             weighed = [config if value is None else replace(config, sparsity=value) for value in sparsities]
             made = [(Design(kind, inputs, width), each, _labelled("", each.sparsity)) for each in weighed]

@@ -2,9 +2,11 @@
 
 Small models are given few tokens, so that everything is quicker than the published settings: a higher rate than
 2e-4/√(M/2¹⁴), steps of a thousand rows mixed over sixteen steps, latents that are dead after a tenth of the training,
-rows scaled to norm √d.
+rows scaled to norm √d. Thresholds of JumpReLU start at 0.5 under a window of 2: with the published 0.001 they do not
+move in a thousand steps.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sonde.data.python_docs import comments
@@ -12,21 +14,51 @@ from sonde.errors import SondeError
 from sonde.features.activation_buffer import Order
 from sonde.features.design import Kind
 from sonde.features.dictionary import Dictionary
-from sonde.features.plan import grid
+from sonde.features.plan import Plan, grid
 from sonde.features.step_config import StepConfig
 from sonde.features.training import train_dictionaries
 from sonde.lm.batches import TokenBatches
 from sonde.lm.model import LanguageModel
 
-RATE = 2e-3
+RATE = 5e-3
 BATCH = 1024
 MIXED = 16  # batches in the buffer
 CONTEXT = 256
+SPARSITY = {"jumprelu": 10.0, "relu": 2.0, "gated": 2.0}  # for about 30 active latents of 1,024 on pebble
 
 
 def settings(tokens: int, *, lr: float = RATE) -> StepConfig:
     """Steps of a training of so many tokens."""
     return StepConfig(lr=lr, dead_after=max(1, tokens // 10), threshold_decay=0.99)
+
+
+def small_plans(
+    lm: LanguageModel,
+    sites: Sequence[str],
+    kind: Kind,
+    *,
+    latents: int,
+    k: int,
+    tokens: int,
+    sparsity: float | None = None,
+    lr: float = RATE,
+    seeds: Sequence[int] = (0,),
+) -> list[Plan]:
+    """Autoencoders of one kind at all `sites`, for so many tokens. Raises as `grid` does."""
+    weight = SPARSITY.get(kind) if sparsity is None else sparsity
+    return grid(
+        lm,
+        sites,
+        kinds=[kind],
+        latents=[latents],
+        ks=[k],
+        sparsities=[weight],
+        seeds=seeds,
+        config=settings(tokens, lr=lr),
+        scale="norm",
+        threshold=0.5,
+        bandwidth=2.0,
+    )
 
 
 def documentation(lm: LanguageModel, tokens: int, *, seed: int = 0) -> TokenBatches:

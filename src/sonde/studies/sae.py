@@ -55,8 +55,8 @@ class SaeConfig(Runnable):
     k: Count = 32
     """Active latents of a token: on average for batchtopk and matryoshka, what jumprelu aims at."""
     sparsity: Annotated[float | None, arg(metavar="WEIGHT")] = None
-    """Weight of the sparsity penalty of jumprelu, relu and gated. By default 1 for jumprelu and 0.1."""
-    lr: Annotated[float, arg(metavar="RATE")] = 2e-3
+    """Weight of the sparsity penalty of jumprelu (by default 10), relu and gated (2)."""
+    lr: Annotated[float, arg(metavar="RATE")] = 5e-3
     """Learning rate of Adam."""
     seeds: Count = 2
     """Dictionaries of each kind at each site, with seeds that count up from --seed."""
@@ -122,23 +122,22 @@ def sae(config: SaeConfig) -> Path:
 
 def plans(config: SaeConfig, lm: "LanguageModel") -> "list[Plan]":
     """What the study trains. Raises `SondeError` for kinds and sizes that do not fit."""
-    from sonde.features.plan import grid
-    from sonde.features.recipe import settings
+    from sonde.features.recipe import small_plans
 
     found: list[Plan] = []
     kind = ""
     try:
         for kind in config.kinds or ():
-            found += grid(
+            found += small_plans(
                 lm,
                 config.sites or (f"resid_post.{lm.n_layers // 2}",),
-                kinds=[kind],  # type: ignore[list-item]
-                latents=[config.latents],
-                ks=[config.k],
-                sparsities=[config.sparsity],
+                kind,  # type: ignore[arg-type] - checked before
+                latents=config.latents,
+                k=config.k,
+                tokens=config.tokens,
+                sparsity=config.sparsity,
+                lr=config.lr,
                 seeds=range(config.seed, config.seed + config.seeds),
-                config=settings(config.tokens, lr=config.lr),
-                scale="norm",
             )
     except ValueError as error:
         raise SondeError(f"--kinds {kind} --latents {config.latents} --k {config.k}: {error}") from error
@@ -156,7 +155,7 @@ def _check(config: SaeConfig) -> None:
         if getattr(config, name) < 1:
             raise SondeError(f"--{name} is {getattr(config, name)}: give 1 or more")
     if config.lr <= 0:
-        raise SondeError(f"--lr is {config.lr}: give a rate above 0, such as 0.002")
+        raise SondeError(f"--lr is {config.lr}: give a rate above 0, such as 0.005")
     _order(config, None)
 
 
