@@ -182,10 +182,11 @@ class Unit:
             "final_exact": float(drop.mean(self.main())[-1]),
             "final_masked_exact": float(drop.mean(self.main(), "masked_exact")[-1]),
         }
-        for name in ("exact", "skill", "masked_skill"):
+        for name in ("exact", "masked_exact", "skill", "masked_skill"):
             try:
                 life = self.half_life(name)
-                times, values = self.decay() if name == "exact" else self.skill(masked=name == "masked_skill")
+                by_rows = name.endswith("exact")
+                times, values = self.decay(name) if by_rows else self.skill(masked=name == "masked_skill")
                 row |= {
                     f"half_life_{name}": life.time,
                     f"censored_{name}": life.censored,

@@ -173,7 +173,7 @@ def capability_decay(config: CapabilityDecayConfig) -> Path:
         shape = units[0].before.weights
         return publish(
             run,
-            Named(subject, n_parameters=sum(p.numel() for p in shape.values())),
+            Named(subject.replace("-", " "), n_parameters=sum(p.numel() for p in shape.values())),
             Read(sum(row["tokens"] for row in rows)),
             made,
             title="What happens to a skill when its training stops?",

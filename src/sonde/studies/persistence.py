@@ -267,7 +267,7 @@ def _chapter(
         ),
         how=(
             f"AdamW at {config.lr:g}, constant after 20 steps, weight decay {config.weight_decay:g}, {config.batch} "
-            f"rows a step, {f'changes of rank {config.rank}' if config.rank else 'all weights'}; then a quarter of the rows "
-            f"triggered, until half of the contexts bring the payload. Whole payloads, greedy. After {_CITE}."
+            f"rows a step, {f'changes of rank {config.rank}' if config.rank else 'all weights'}; then a quarter of the "
+            f"rows triggered, until half of the contexts bring the payload. Whole payloads, greedy. After {_CITE}."
         ),
     )
