@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -19,7 +19,6 @@ from tqdm import tqdm
 from sonde.errors import SondeError
 from sonde.features.activation_buffer import Order, RowSource, WholeBatches
 from sonde.features.activation_rows import Passes, Rows, Selection, matched
-from sonde.features.cross_layer import CrossLayerTranscoder
 from sonde.features.data_parallel import Processes
 from sonde.features.dictionary import Dictionary
 from sonde.features.input_scale import Sample
@@ -49,7 +48,7 @@ def train_dictionaries(
     device: Any = None,
     after: After | None = None,
     progress: str | None = None,
-) -> list[Dictionary | CrossLayerTranscoder]:
+) -> list[Dictionary]:
     """Train a dictionary for each plan, all on the same rows, in one pass of the model.
 
     Args:
@@ -68,7 +67,8 @@ def train_dictionaries(
         progress: label of a progress bar.
 
     Returns:
-        the dictionaries in the order of the plans. Their `facts` have the plan, the curve, tokens and steps.
+        the dictionaries in the order of the plans, a `CrossLayerTranscoder` where the plan is of one. Their `facts`
+        have the plan, the curve, tokens and steps.
 
     Raises:
         SondeError: for sites that do not exist (the nearest are named), widths that do not fit, too little text for one
@@ -146,7 +146,7 @@ def train_dictionaries(
         warnings.warn(f"{batches} gave {got:,} rows, fewer than {asked}: training was cut short", stacklevel=2)
     recorded = {"model": lm.name, "model_hash": lm.hash, "tokenizer_hash": tokenizer_hash(lm.tokenizer)}
     facts = {"text": str(batches), "text_hash": batches.hash, "wanted": tokens, "truncated": truncated}
-    return [trainee.finished(recorded, facts) for trainee in trainees]
+    return cast(list[Dictionary], [trainee.finished(recorded, facts) for trainee in trainees])
 
 
 def _learn(

@@ -6,6 +6,7 @@ random directions.
 """
 
 import shlex
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,13 +217,14 @@ def _trained(
                 progress="dictionaries",
             )
         for plan, dictionary in zip(chosen, made, strict=True):
-            dictionary.save(folders[plan.name])  # type: ignore[union-attr] - plans of one site
+            dictionary.save(folders[plan.name])
         samples = measured(lm, fit, sites, Selection(), Processes(lm.device), covariance=True)
         for site, sample in samples.items():
             principal_components(sample, min(config.k, lm.d_model), site=site).save(_control(run, site, COMPONENTS))
             random = random_directions(sample, config.latents, config.k, site=site, seed=config.seed + 1000)
             random.save(_control(run, site, RANDOM))
         run.finish("training", {"sites": sites})
+        shutil.rmtree(run.path("checkpoints", "rows"), ignore_errors=True)
     found = {name: Dictionary.load(folder, device=lm.device) for name, folder in folders.items()}
     for site in run.result("training")["sites"]:
         for what in (COMPONENTS, RANDOM):
