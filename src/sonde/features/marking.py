@@ -36,7 +36,7 @@ def plain(tokens: Sequence[str]) -> str:
 
 def marked(tokens: Sequence[str], marks: Sequence[bool]) -> str:
     """The text of a window on one line, with its marked tokens between << and >>."""
-    shown = [one_line(token) for token in tokens]
+    shown = [one_line(token) if "\n" in token or "\r" in token else token for token in tokens]
     if _ambiguous(shown, marks):
         shown = [_SPECIAL.sub(r"\\\1", token) for token in shown]
     pieces, inside = [], False

@@ -88,11 +88,13 @@ def wrong_marks(case: Case, count: int, rng: np.random.Generator) -> list[bool]:
     if window.marks is not None:
         return (window.marks > MARKED * window.marks.max()).tolist()
     length = len(window.tokens)
-    free = np.flatnonzero(~(window.activations > 0))
-    first = [] if window.positive else [3 * length // 4]
-    rest = rng.permutation(np.setdiff1d(free, first))
-    chosen = [*first, *rest[: max(0, count - len(first))].tolist()]
-    return np.isin(np.arange(length), chosen).tolist()
+    free, marks = ~(window.activations > 0), np.zeros(length, dtype=bool)
+    if not window.positive:
+        marks[3 * length // 4] = True
+        free &= ~marks
+        count -= 1
+    marks[rng.permutation(np.flatnonzero(free))[: max(0, count)]] = True
+    return marks.tolist()
 
 
 async def _asked(
