@@ -2,7 +2,8 @@
 
 Latents, the k largest neurons of every token, the same of a random rotation of the neurons, and all positive neurons
 are treated alike: windows, a token set learned on some of them, its balanced accuracy on the others. No language model
-explains or judges. Controls: an untrained dictionary, and every explanation on another one's windows.
+explains or judges. Controls: an untrained dictionary, neurons of which no larger share is kept than of latents, and
+every explanation on another one's windows.
 """
 
 import shlex
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from sonde.stats.intervals import Interval
 
 LATENTS, NEURONS, ROTATED, RAW = "latents", "largest neurons", "largest rotated neurons", "raw neurons"
-UNTRAINED = "untrained latents"
-KINDS = (LATENTS, NEURONS, ROTATED, RAW, UNTRAINED)
+RARE, UNTRAINED = "neurons as rare as latents", "untrained latents"
+KINDS = (LATENTS, NEURONS, ROTATED, RAW, RARE, UNTRAINED)
 _PAPER = "Paulo et al. 2024, arXiv:2410.13928"
 
 
@@ -115,7 +116,7 @@ def neurons_vs_latents(config: NeuronsVsLatentsConfig) -> Path:
 
 
 def _neurons(lm: "LanguageModel", layer: int, config: NeuronsVsLatentsConfig) -> dict[str, Any]:
-    """The three kinds of neurons as encoders; of the raw ones only those that are explained."""
+    """The kinds of neurons as encoders; of the raw ones only those that are explained."""
     import numpy as np
 
     from sonde.features.neurons import MLPNeurons
@@ -127,6 +128,7 @@ def _neurons(lm: "LanguageModel", layer: int, config: NeuronsVsLatentsConfig) ->
         NEURONS: largest,
         ROTATED: MLPNeurons(lm, layer, k=config.neurons, rotation=config.seed),
         RAW: MLPNeurons(lm, layer, k=None, only=chosen),
+        RARE: MLPNeurons(lm, layer, k=max(1, round(config.k / (config.expansion * lm.d_model) * largest.latents))),
     }
 
 
@@ -215,7 +217,7 @@ def _chapter(
             tables=("neurons.table",),
         )
     ]
-    for kind in (NEURONS, RAW, UNTRAINED):
+    for kind in (NEURONS, RAW, RARE, UNTRAINED):
         if kind not in means:
             continue
         gap = _gap(scored[LATENTS], scored[kind], config.seed)
@@ -292,9 +294,10 @@ def _chapter(
         how=(
             f"Block {layer}: a TopK dictionary of {config.expansion * lm.d_model} latents ({config.k} active) of the "
             f"MLP's output, {config.seeds} seeds; the {config.neurons} largest neurons of a token, and of a random "
-            "rotation; all positive neurons. Windows of 32 tokens around the peak, 40 active and 40 silent ones to "
-            "learn the set of at most 20 tokens that has the highest F1, 50 and 50 others to score it. Intervals "
-            f"resample units ({_PAPER})."
+            "rotation; all positive neurons; the largest neurons, the same share of them as of the latents. Windows of "
+            "32 tokens around the peak, 40 active and 40 silent ones to learn the set of at most 20 tokens that has "
+            "the highest F1, 50 and 50 others to score it. Intervals resample units "
+            f"({_PAPER})."
         ),
     )
 
