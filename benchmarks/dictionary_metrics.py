@@ -1,6 +1,6 @@
 """All metrics of a dictionary of pebble, beside random directions: the numbers of the page on them, and CPU seconds.
 
-    python benchmarks/dictionary_metrics.py --tokens 300000
+    python benchmarks/dictionary_metrics.py --tokens 1000000
 
 Two TopK dictionaries of two seeds are trained on docstrings of the standard library and measured on the `help()` topics
 of Python. Random directions (an untrained dictionary of the same design) are the control.
@@ -18,6 +18,7 @@ from sonde.data.biographies import biographies
 from sonde.data.python_docs import comments, topics
 from sonde.data.rule_tags import tagged
 from sonde.features.absorption import absorption, word_rows
+from sonde.features.activation_buffer import Order
 from sonde.features.design import Design
 from sonde.features.dictionary import Dictionary
 from sonde.features.metrics import Metrics, evaluate, evaluate_all
@@ -25,6 +26,7 @@ from sonde.features.plan import Plan
 from sonde.features.scr_tpp import pooled_rows, scr, tpp
 from sonde.features.seed_overlap import mean_max_cosine, seed_overlap
 from sonde.features.sparse_probing import sparse_probing
+from sonde.features.step_config import StepConfig
 from sonde.features.training import train_dictionaries
 from sonde.lm.batches import TokenBatches
 from sonde.lm.model import LanguageModel
@@ -32,10 +34,12 @@ from sonde.lm.stream import stream
 from sonde.lm.token_labels import TokenLabels
 from sonde.stats.intervals import Interval
 
+DEFAULTS = {"tokens": 1_000_000, "batch": 512, "measured": 131_072, "latents": 1024, "k": 16, "threads": 1}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("tokens", 300_000), ("latents", 1024), ("k", 16), ("threads", 1)):
+    for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--site", default="resid_post.3")
     given = parser.parse_args()
@@ -43,18 +47,24 @@ def main() -> None:
     lm = sonde.load("organism:pebble")
     design = Design("topk", lm.d_model, given.latents, k=given.k)
     started = time.process_time()
-    plans = [Plan(given.site, design, seed=seed) for seed in (0, 1)]
-    first, second = train_dictionaries(lm, list(comments()), plans, tokens=given.tokens)
+    plans = [Plan(given.site, design, StepConfig(lr=2e-3), seed=seed) for seed in (0, 1)]
+    order = Order(batch=given.batch)
+    first, second = train_dictionaries(lm, list(comments()), plans, tokens=given.tokens, order=order)
     assert isinstance(first, Dictionary) and isinstance(second, Dictionary)
     random = Dictionary.initialised(design, mean=first.b_dec.detach(), seed=2)
     random.site = given.site
-    print(machine(), f"{given.latents} latents, k {given.k}, {given.site}, {given.tokens:,} tokens", sep="\n")
+    print(
+        machine(),
+        f"{given.latents} latents, k {given.k}, {given.site}, {given.tokens:,} tokens in steps of {given.batch}",
+        sep="\n",
+    )
     print(f"training of two: {time.process_time() - started:.0f} CPU s")
 
     started = time.process_time()
     evaluate(lm, first, quick=True)
     print(f"quick metrics of one: {time.process_time() - started:.1f} CPU s")
-    show(evaluate_all(lm, {"trained": first, "random": random}))
+    both = {"trained": first, "random": random}
+    show(evaluate_all(lm, both, tokens=given.measured, loss_tokens=given.measured // 4))
 
     overlap, control = seed_overlap(first, second), seed_overlap(first, random)
     print(f"shared by two seeds {interval(overlap.shared)}, with random directions {interval(control.shared)}")
@@ -75,9 +85,8 @@ def main() -> None:
         print(f"  absorption: full {interval(absorbed.full)}, fraction {interval(absorbed.fraction)}")
         probes = sparse_probing(dictionary, rows, nouns)
         shown = ", ".join(f"k={k} {value.estimate:.3f}" for k, value in probes.by_latents.items())
-        print(
-            f"  nouns: {shown}; all coordinates {probes.dense.estimate:.3f}, larger class {probes.majority.estimate:.3f}"
-        )
+        beside = f"all coordinates {probes.dense.estimate:.3f}, larger class {probes.majority.estimate:.3f}"
+        print(f"  nouns: {shown}; {beside}")
         pooled = pooled_rows(lm, dictionary, table.texts)
         found = scr(pooled, pair, women)
         shown = ", ".join(f"n={n} {share.value:.2f}" for n, share in found.score.items())
