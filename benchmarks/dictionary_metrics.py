@@ -42,12 +42,13 @@ def main() -> None:
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--site", default="resid_post.3")
+    parser.add_argument("--lr", type=float, default=2e-3)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     lm = sonde.load("organism:pebble")
     design = Design("topk", lm.d_model, given.latents, k=given.k)
     started = time.process_time()
-    plans = [Plan(given.site, design, StepConfig(lr=2e-3), seed=seed) for seed in (0, 1)]
+    plans = [Plan(given.site, design, StepConfig(lr=given.lr), seed=seed) for seed in (0, 1)]
     order = Order(batch=given.batch)
     first, second = train_dictionaries(lm, list(comments()), plans, tokens=given.tokens, order=order)
     assert isinstance(first, Dictionary) and isinstance(second, Dictionary)
