@@ -182,12 +182,12 @@ class NgramTables:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             vocab_size, contexts, levels = int(config["vocab_size"]), 1, []
             for k in range(1, int(config["order"]) + 1):
-                arrays = [
+                keys, counts, openings = (
                     np.load(folder / f"{name}.{k}.npy", mmap_mode="r", allow_pickle=False)
                     for name in ("keys", "counts", "openings")
-                ]
-                levels.append(Level(*arrays, contexts, vocab_size))
-                contexts = len(arrays[0])
+                )
+                levels.append(Level(keys, counts, openings, contexts, vocab_size))
+                contexts = len(keys)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SondeError(f"{folder} does not hold n-gram tables: {error}") from error
         return cls(levels, vocab_size)
@@ -204,8 +204,9 @@ class NgramTables:
         """The tables that `state` was taken from."""
         levels, contexts = [], 1
         for one in state:
-            levels.append(Level(*(one[n].cpu().numpy() for n in ("keys", "counts", "openings")), contexts, vocab_size))
-            contexts = len(levels[-1].keys)
+            keys, counts, openings = (one[name].cpu().numpy() for name in ("keys", "counts", "openings"))
+            levels.append(Level(keys, counts, openings, contexts, vocab_size))
+            contexts = len(keys)
         return cls(levels, vocab_size)
 
 

@@ -84,10 +84,12 @@ class SuffixArray:
         folder = Path(folder)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            arrays = [np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in ("symbols", "order")]
-            if {len(one) for one in arrays} != {config["length"]}:
-                raise ValueError(f"arrays of {[len(one) for one in arrays]} symbols, not {config['length']}")
-            return cls(*arrays, int(config["vocab_size"]))
+            symbols, order = (
+                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("symbols", "order")
+            )
+            if not len(symbols) == len(order) == config["length"]:
+                raise ValueError(f"{len(symbols)} symbols and {len(order)} suffixes, not {config['length']}")
+            return cls(symbols, order, int(config["vocab_size"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SondeError(f"{folder} does not hold a suffix array: {error}") from error
 
