@@ -102,3 +102,26 @@ def test_settings_that_do_not_fit_are_named(tmp_path):
         dataclasses.replace(SETTINGS, steps=0)
     with pytest.raises(SondeError, match=r"the checks are of a \+ b, not of 'subtract'"):
         circuit_report(grok(dataclasses.replace(SETTINGS, steps=1)).network(), ModularTask(31, "subtract", share=0.6))
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"architecture": "mlp"}, {"architecture": "transformer", "layers": 2, "dropout": 0.1}, {"l1": 1e-4}]
+)
+def test_other_networks_are_trained_and_measured_alike(wanted, tmp_path):
+    settings = Grokking(ModularTask(7, share=0.6), Shape(7, 16, 2, 32), steps=60, lr=1e-2, every=20, **wanted)
+    whole = grok(settings)
+    points = trace(whole, [1, 2])
+    assert points[-1].measures.train < points[0].measures.train
+    assert 0 < points[-1].gini_embedding < 1 and 0 < points[-1].gini_logits < 1
+    kept = History.load((whole.save(tmp_path / "history.safetensors"), tmp_path / "history.safetensors")[1])
+    assert torch.equal(kept.network()(settings.task.pairs), whole.network()(settings.task.pairs))
+    if "architecture" in wanted:
+        with pytest.raises(SondeError, match="the checks are of the one-layer transformer, not of a Pair"):
+            circuit_report(whole.network(), settings.task)
+
+
+def test_architectures_that_do_not_exist_are_named():
+    with pytest.raises(SondeError, match="architecture 'rnn' is unknown: use one-layer, mlp, transformer"):
+        dataclasses.replace(SETTINGS, architecture="rnn")
+    with pytest.raises(SondeError, match="dropout is of the architecture 'transformer'"):
+        dataclasses.replace(SETTINGS, dropout=0.5)

@@ -26,9 +26,9 @@ _BLUR = 0.3  # sd of the noise on signs
 class ThreeOrders:
     """Number of cues of each order, shift m of the mean (in standard deviations) and correlation r."""
 
-    cues: int = 8
-    shift: float = 0.25
-    correlation: float = 0.5
+    cues: int = 4
+    shift: float = 0.3
+    correlation: float = 0.6
 
     def __post_init__(self) -> None:
         if self.cues < 1 or not 0 <= self.correlation <= 1 or self.shift < 0:

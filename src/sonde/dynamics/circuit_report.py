@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sonde.data.groups import GroupTask
 from sonde.data.modular import ModularTask
 from sonde.dynamics.fourier import basis, block_directions, frequencies, sum_directions
-from sonde.dynamics.grokking import grid_of, key_frequencies_by_embedding, logit_map
+from sonde.dynamics.grokking import grid_of, key_frequencies_by_embedding
 from sonde.dynamics.progress_measures import Grid
 from sonde.errors import SondeError
 from sonde.nets.one_layer import OneLayer
+from sonde.nets.pair_networks import PairNetwork, logit_map
 
 _EXPLAINED = 0.85
 _LEAST = 5  # neurons that make a cluster
@@ -51,13 +53,17 @@ class CircuitReport:
 
 
 @torch.no_grad()
-def circuit_report(net: OneLayer, task: ModularTask, keys: Sequence[int] | None = None) -> CircuitReport:
+def circuit_report(net: PairNetwork, task: ModularTask | GroupTask, keys: Sequence[int] | None = None) -> CircuitReport:
     """All checks of one checkpoint. `keys` are by default the frequencies with over 2 % of the logits' variance.
 
-    Raises `SondeError` for a network without key frequencies, and for an operation other than addition.
+    Raises `SondeError` for a network without key frequencies, for another than the one-layer transformer, and for an
+    operation other than addition.
     """
-    if task.operation != "add":
-        raise SondeError(f"the checks are of a + b, not of {task.operation!r}")
+    if not isinstance(net, OneLayer):
+        raise SondeError(f"the checks are of the one-layer transformer, not of a {type(net).__name__}")
+    operation = task.operation if isinstance(task, ModularTask) else task.group
+    if not isinstance(task, ModularTask) or operation != "add":
+        raise SondeError(f"the checks are of a + b, not of {operation!r}")
     net = _double(net)
     grid = grid_of(net, task)
     keys = tuple(keys) if keys is not None else grid.key_frequencies()

@@ -131,8 +131,8 @@ class Transport:
         covariances = (source.covariance, target.covariance)
         if source.rows is not None and target.rows is not None and len(source.rows) + len(target.rows) < d:
             rows = torch.cat([source.rows - source.mean, target.rows - target.mean])
-            self.basis = torch.linalg.qr(rows.T).Q
-            covariances = tuple(self.basis.T @ covariance @ self.basis for covariance in covariances)
+            basis = self.basis = torch.linalg.qr(rows.T).Q
+            covariances = tuple(basis.T @ covariance @ basis for covariance in covariances)
         eye = self.ridge * torch.eye(len(covariances[0]), dtype=torch.float64)
         self.matrix = transport(Root(covariances[0] + eye), covariances[1] + eye)
 

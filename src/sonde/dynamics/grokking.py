@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,9 @@ from sonde.errors import SondeError
 from sonde.files import load_bundle, save_bundle
 from sonde.nets.loop import Schedule, train
 from sonde.nets.one_layer import OneLayer, Shape
+from sonde.nets.pair_networks import PairMLP, PairNetwork, PairTransformer, element_embedding, logit_map
 
+Architecture = Literal["one-layer", "mlp", "transformer"]
 _WARMUP = 10
 _SETTLED = 0.005  # Gini points per 100 steps
 
@@ -41,7 +43,9 @@ class Grokking:
     """Settings of one training: task (a sum, or a product in a group), sizes, optimiser, steps between checkpoints.
 
     The paper trains 40,000 steps at a learning rate of 1e-3; three times that gives the same network in a third of the
-    steps. `seed` is that of the weights; the split has its own in the task.
+    steps. `seed` is that of the weights; the split has its own in the task. `architecture` is the paper's one-layer
+    transformer, a perceptron, or a transformer of `layers` blocks, which alone takes `dropout`; `l1` is the weight of
+    the sum of absolute weights in the loss.
     """
 
     task: ModularTask | GroupTask = field(default_factory=ModularTask)
@@ -51,12 +55,28 @@ class Grokking:
     weight_decay: float = 1.0
     every: int = 100
     seed: int = 0
+    architecture: Architecture = "one-layer"
+    layers: int = 2
+    dropout: float = 0.0
+    l1: float = 0.0
 
     def __post_init__(self) -> None:
         if self.task.modulus != self.shape.modulus:
             raise SondeError(f"the task has {self.task.modulus} elements, the network {self.shape.modulus}")
         if self.steps < 1 or self.every < 1:
             raise SondeError(f"steps is {self.steps} and every {self.every}; give 1 or more")
+        if self.architecture not in get_args(Architecture):
+            raise SondeError(f"architecture {self.architecture!r} is unknown: use {', '.join(get_args(Architecture))}")
+        if self.dropout and self.architecture != "transformer":
+            raise SondeError(f"dropout is of the architecture 'transformer', not of {self.architecture!r}")
+
+    def network(self) -> PairNetwork:
+        """A fresh network of these settings."""
+        if self.architecture == "mlp":
+            return PairMLP(self.shape, seed=self.seed)
+        if self.architecture == "transformer":
+            return PairTransformer(self.shape, layers=self.layers, dropout=self.dropout, seed=self.seed)
+        return OneLayer(self.shape, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -67,9 +87,9 @@ class History:
     steps: tuple[int, ...]
     states: tuple[dict[str, Tensor], ...]
 
-    def network(self, index: int = -1) -> OneLayer:
+    def network(self, index: int = -1) -> PairNetwork:
         """The network of a checkpoint."""
-        net = OneLayer(self.settings.shape)
+        net = self.settings.network()
         net.load_state_dict({name: tensor.float() for name, tensor in self.states[index].items()})
         return net.eval().requires_grad_(False)
 
@@ -94,7 +114,7 @@ class History:
 def grok(settings: Grokking, *, folder: Path | None = None, progress: str | None = None) -> History:
     """Train a network and keep its checkpoints. With `folder`, an interrupted training goes on from there."""
     task = settings.task
-    net = OneLayer(settings.shape, seed=settings.seed)
+    net = settings.network()
     pairs, labels = task.pairs[task.trained], task.labels[task.trained]
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
@@ -108,7 +128,13 @@ def grok(settings: Grokking, *, folder: Path | None = None, progress: str | None
             raise SondeError(f"{kept} belongs to another training: choose another folder")
 
     def loss_of_step(step: int) -> Tensor:
-        return cross_entropy(net(pairs), labels)
+        with torch.random.fork_rng(enabled=settings.dropout > 0):
+            if settings.dropout:
+                torch.manual_seed(step)
+            loss = cross_entropy(net(pairs), labels)
+        if settings.l1:
+            loss = loss + settings.l1 * sum(p.abs().sum() for p in net.parameters())
+        return loss
 
     def report(step: int, loss: float) -> None:
         nonlocal history
@@ -134,7 +160,7 @@ def grok(settings: Grokking, *, folder: Path | None = None, progress: str | None
     return history
 
 
-def _state(net: OneLayer) -> dict[str, Tensor]:
+def _state(net: PairNetwork) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
 
 
@@ -190,7 +216,7 @@ def trace(history: History, keys: Sequence[int], *, progress: str | None = None)
             Point(
                 step=history.steps[index],
                 measures=measures(grid_of(net, task), keys),
-                gini_embedding=gini(_norms(net.w_e[:-1], components)),
+                gini_embedding=gini(_norms(element_embedding(net), components)),
                 gini_logits=gini(_norms(logit_map(net), components)),
                 squared_weights=sum(squared.values()),
                 squared_by_matrix=squared,
@@ -210,11 +236,6 @@ def _norms(matrix: Tensor, components: dict[int, Tensor] | None) -> Float[Tensor
     if components is None:
         return row_norms(len(matrix), matrix)
     return torch.cat([(q.T @ matrix.double()).norm(dim=1) for q in components.values()])
-
-
-def logit_map(net: OneLayer) -> Float[Tensor, "p hidden"]:
-    """W_L: what each MLP activation adds to the logit of each number."""
-    return (net.w_out.T.double() @ net.w_u[:, :-1].double()).T
 
 
 @dataclass(frozen=True)
@@ -270,8 +291,8 @@ def _cleanup(points: Sequence[Point]) -> tuple[int, int] | None:
     return points[start].step, points[-1].step
 
 
-def key_frequencies_by_embedding(net: OneLayer) -> tuple[int, ...]:
+def key_frequencies_by_embedding(net: PairNetwork) -> tuple[int, ...]:
     """Frequencies whose norm in W_E is above a quarter of the largest: the rule of a public demonstration."""
-    norms = by_frequency(net.shape.modulus, row_norms(net.shape.modulus, net.w_e[:-1]))
+    norms = by_frequency(net.shape.modulus, row_norms(net.shape.modulus, element_embedding(net)))
     order = norms.argsort(descending=True).tolist()
     return tuple(i + 1 for i in order if norms[i] > norms.max() / 4)

@@ -9,7 +9,7 @@ import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from sonde.runs.run import Run
 
 _CITE = "Nanda et al. 2023, arXiv:2301.05217"
+_ARCHITECTURES = {
+    "one-layer": "One layer of attention and MLP, 4 heads",
+    "mlp": "A perceptron with one hidden layer",
+    "transformer": "A transformer, 4 heads",
+}
 _CONTROL_SHARE = 0.4  # of the steps: long enough to memorise and to see that nothing else comes
 
 
@@ -54,6 +59,14 @@ class GrokkingConfig(Runnable):
     """Weight decay; without it nothing but memory is learned."""
     every: Count = 100
     """Steps between checkpoints."""
+    architecture: Literal["one-layer", "mlp", "transformer"] = "one-layer"
+    """The paper's network, a perceptron, or a transformer of more layers."""
+    layers: Count = 2
+    """Blocks of the architecture "transformer"."""
+    dropout: Annotated[float, arg(metavar="SHARE")] = 0.0
+    """Dropout of the architecture "transformer", which regularises too."""
+    l1: Annotated[float, arg(metavar="WEIGHT")] = 0.0
+    """Weight of the sum of absolute weights in the loss, which does not do what weight decay does."""
     no_control: bool = False
     """Leave out the training without weight decay."""
     out: Folder = None
@@ -84,6 +97,10 @@ class GrokkingConfig(Runnable):
             weight_decay=self.weight_decay,
             every=self.every,
             seed=self.seed,
+            architecture=self.architecture,
+            layers=self.layers,
+            dropout=self.dropout,
+            l1=self.l1,
         )
 
 
@@ -103,6 +120,7 @@ def grokking(config: GrokkingConfig) -> Path:
     from sonde.data.modular import ModularTask
     from sonde.dynamics.circuit_report import circuit_report
     from sonde.dynamics.grokking import grid_of, grok, phases, trace
+    from sonde.nets.one_layer import OneLayer
 
     check_options(config)
     settings = config.training()
@@ -130,7 +148,7 @@ def grokking(config: GrokkingConfig) -> Path:
             [
                 _progress_chapter(points, control, found, config),
                 _circuit_chapter(circuit_report(network, settings.task, keys), config)
-                if isinstance(settings.task, ModularTask)
+                if isinstance(settings.task, ModularTask) and isinstance(network, OneLayer)
                 else _components_chapter(grid, keys, config),
             ],
             title=f"How a network learned {subject}",
@@ -283,10 +301,10 @@ def _progress_chapter(
             "those of the last checkpoint; earlier ones may use others."
         ),
         how=(
-            f"One layer, width 128, 4 heads, {config.hidden} neurons; full batch AdamW, weight decay "
-            f"{config.weight_decay:g}, learning rate {config.lr:g}, cross entropy in float64. Restricted: logits on "
-            "all pairs, projected on functions of the sum (product) at the key frequencies, the mean kept, on test "
-            f"pairs. Excluded: without that projection, on train pairs ({_CITE})."
+            f"{_ARCHITECTURES[config.architecture]}, width 128, {config.hidden} neurons; full batch AdamW, weight "
+            f"decay {config.weight_decay:g}, learning rate {config.lr:g}, cross entropy in float64. Restricted: "
+            "logits on all pairs, projected on functions of the sum (product) at the key frequencies, the mean kept, "
+            f"on test pairs. Excluded: without that projection, on train pairs ({_CITE})."
         ),
     )
 

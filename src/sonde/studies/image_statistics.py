@@ -127,11 +127,11 @@ def _planted(run: "Run", config: ImageStatisticsConfig) -> "tuple[list[Stage], d
     sets = {REAL: Rows(*task.draw(_JUDGED, 2**40))}
     sets |= {f"order {k}": Rows(*task.draw(_JUDGED, 2**40 + k, orders=(k,))) for k in (1, 2, 3)}
     stages = follow(
-        [MLP(MLPShape((task.width, 128, 2), activation="relu"), seed=config.seed + i) for i in range(config.seeds)],
+        [MLP(MLPShape((task.width, 256, 2), activation="relu"), seed=config.seed + i) for i in range(config.seeds)],
         lambda step: task.draw(2 * _BATCH, config.seed * config.steps + step),
         sets,
         steps=config.steps // _PLANTED_STEPS,
-        lr=1e-3,
+        lr=3e-3,
         optimizer="adam",
         per_octave=2,
         checkpoint=run.checkpoint("planted"),
@@ -292,8 +292,8 @@ def _planted_chapter(stages: "list[Stage]", config: ImageStatisticsConfig) -> "C
         ],
         not_shown="How strong the cues are decides how far apart the peaks are; these are of one generator.",
         how=(
-            "8 cues of each order: a shift of 0.25 sd; a correlation of ±0.5; a product of signs. Cues of the other "
-            "orders are for a class that is drawn at random. 48-128-2, ReLU, Adam 0.001, fresh batches of 256."
+            "4 cues of each order: a shift of 0.3 sd; a correlation of ±0.6; a product of signs. Cues of the other "
+            "orders are for a class that is drawn at random. 24-256-2, ReLU, Adam 0.003, fresh batches of 256."
         ),
     )
 
