@@ -112,8 +112,8 @@ class FusedMLP:
             rows[:, -1].mul_(beta).add_(deltas.sum(1)) if beta else torch.sum(deltas, 1, out=rows[:, -1])
             if (below := hidden[i]) is None:
                 continue
-            cross = torch.mm(below.view(n_in * k, batch), layer.delta.T).view(n_in, k, n_out)
-            out[i][..., :-1].add_(cross.permute(2, 1, 0))
+            cross = torch.mm(layer.delta, below.view(n_in * k, batch).T).view(n_out, n_in, k)
+            out[i][..., :-1].add_(cross.transpose(1, 2))
             upper = at.layers[i - 1]
             turned = x[i][..., :-1].permute(2, 1, 0).reshape(n_in * k, n_out)
             e = self._buffer("h", i - 1, n_in, k, batch)  # ḣ of that layer has been used
