@@ -172,7 +172,8 @@ def _stages(
             f"N-gram models with {config.smoothing} smoothing, counted on the text that is trained on (with --model, "
             "the first half of the text); contexts end at the position whose logits are compared, and all "
             f"orders are compared at the same positions. Two stages are apart when their steps are {_APART:g} times "
-            f"apart. Control: n-grams of the same tokens in shuffled order ({_CITE})."
+            f"apart. Control: n-grams of the same tokens in shuffled order ({_CITE}). One nat a token is "
+            f"{number(bits)} bits per byte of this text."
             + (" " + " ".join(f"{note[0].upper()}{note[1:]}." for note in notes) if notes else "")
         ),
     )
@@ -229,7 +230,9 @@ def _samples(config: "NgramStagesConfig", traces: dict[int, Trace], yardsticks: 
         ),
         how=(
             f"{len(yardsticks.samples[orders[0]])} sequences of {yardsticks.held.shape[1]} tokens from each n-gram "
-            f"model, seed {config.seed}; by position, bins of doubling length."
+            f"model, seed {config.seed}; by position, bins of doubling length. Entropies of the models: "
+            + ", ".join(f"{number(yardsticks.entropies[n])} nats for order {n}" for n in orders)
+            + "."
         ),
     )
 
