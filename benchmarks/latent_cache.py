@@ -5,12 +5,12 @@ packages that only its pipeline uses are stood in for. CPU time, in turn, one th
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
@@ -20,32 +20,10 @@ import torch
 from pairing import interleave, machine
 
 from sonde.features.latent_cache import LatentCache, _triples
+from sonde.features.latent_files import TRIPLE, Shards
 from sonde.features.samplers import LatentExamples, Sampling, examples
 
 D, LATENTS, K, ROWS, CONTEXT = 128, 4096, 32, 8, 256
-
-# Peak of the resident memory, above that of the imports, of a cache of so many sequences.
-_PEAK = """
-import json, resource, sys, tempfile, numpy as np, torch
-from sonde.features.latent_files import Shards, TRIPLE
-torch.set_num_threads(1)
-rng, sequences = np.random.default_rng(0), int(sys.argv[1])
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-with tempfile.TemporaryDirectory() as folder:
-    from pathlib import Path
-    shards = Shards(Path(folder), {"x": 4096}, splits=5)
-    shards.begin()
-    before = peak()
-    for first in range(0, sequences, 16):
-        triples = np.empty(16 * 256 * 32, dtype=TRIPLE)
-        triples["sequence"] = first + np.repeat(np.arange(16), 256 * 32)
-        triples["position"] = np.tile(np.repeat(np.arange(256), 32), 16)
-        triples["latent"], triples["value"] = rng.integers(0, 4096, len(triples)), 1
-        shards.add("x", triples)
-    shards.commit(sequences)
-    shards.sort()
-    print(json.dumps([before, peak()]))
-"""
 
 
 class _TopK:
@@ -62,7 +40,7 @@ class _TopK:
 
 def peer_cache() -> Any | None:
     """Delphi's in-memory cache, or None where it is not installed."""
-    for name in ("faiss", "sentence_transformers", "blobfile", "orjson", "vllm", "bitsandbytes"):
+    for name in ("faiss", "sentence_transformers", "blobfile", "orjson", "vllm", "bitsandbytes", "asyncer"):
         if name not in sys.modules:
             stand_in = MagicMock(spec=ModuleType(name))
             stand_in.SentenceTransformer = MagicMock()
@@ -129,15 +107,26 @@ def sampling(latents: int, windows: int) -> None:
                 print(f"{mode:8s} {sampler:10s} {latents / seconds:7.0f} latents a second")
 
 
-def memory(sequences: tuple[int, ...]) -> None:
-    """Peak memory by the length of the text, 32 activations a token."""
-    for count in sequences:
-        out = subprocess.run([sys.executable, "-c", _PEAK, str(count)], capture_output=True, text=True, check=True)
-        before, peak = json.loads(out.stdout)
-        print(
-            f"{count * CONTEXT:10,} tokens: {count * CONTEXT * K * 12 / 2**20:6.0f} MB of triples, "
-            f"peak {peak - before:5.0f} MB"
-        )
+def memory(lengths: tuple[int, ...]) -> None:
+    """Peak of what is allocated while a text's triples are written and sorted, 32 a token."""
+    rng = np.random.default_rng(0)
+    for sequences in lengths:
+        with tempfile.TemporaryDirectory() as folder:
+            shards = Shards(Path(folder), {"x": LATENTS}, splits=5)
+            shards.begin()
+            tracemalloc.start()
+            for first in range(0, sequences, ROWS):
+                triples = np.empty(ROWS * CONTEXT * K, dtype=TRIPLE)
+                triples["sequence"] = first + np.repeat(np.arange(ROWS), CONTEXT * K)
+                triples["position"] = np.tile(np.repeat(np.arange(CONTEXT), K), ROWS)
+                triples["latent"], triples["value"] = rng.integers(0, LATENTS, len(triples)), 1
+                shards.add("x", triples)
+            shards.commit(sequences)
+            shards.sort()
+            peak = tracemalloc.get_traced_memory()[1] / 2**20
+            tracemalloc.stop()
+        tokens = sequences * CONTEXT
+        print(f"{tokens:10,} tokens: {tokens * K * TRIPLE.itemsize / 2**20:6.0f} MB of triples, peak {peak:5.0f} MB")
 
 
 if __name__ == "__main__":
@@ -146,7 +135,7 @@ if __name__ == "__main__":
     parser.add_argument("--latents", type=int, default=300, help="latents whose windows are sampled")
     parser.add_argument("--windows", type=int, default=2000, help="active windows of each")
     parser.add_argument(
-        "--sequences", type=int, nargs="+", default=[512, 2048, 8192], help="lengths of text for memory"
+        "--sequences", type=int, nargs="+", default=[2048, 8192, 32768], help="lengths of text for memory"
     )
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -22,8 +22,16 @@ if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
     from sonde.runs.blocks import Chapter
     from sonde.runs.run import Run
+    from sonde.stats.intervals import Interval
 
 _FEWEST = 20  # explained latents of a layer
+_MATCHES = ("cosines", "by decoder")
+_SERIES = {
+    "cosines": "matched by explanations",
+    "shuffled": "tokens dealt out anew",
+    "by decoder": "matched by decoder rows",
+    "random pairs": "pairs at random",
+}
 _PAPER = "Paulo et al. 2024, arXiv:2410.13928"
 
 
@@ -50,6 +58,8 @@ class LayerSimilarityConfig(Runnable):
     """Active latents of a token."""
     epochs: Count = 6
     """How often the dictionaries see the text."""
+    explained: Count = 100
+    """Latents of each site that are matched: those whose explanations hold best."""
     draws: Count = 20
     """Shuffles of the baseline."""
     min_examples: Count = 100
@@ -84,6 +94,8 @@ def layer_similarity(config: LayerSimilarityConfig) -> Path:
     check_options(config)
     if config.k < 1 or config.k > config.latents or config.epochs < 1 or config.draws < 2:
         raise SondeError("--k takes 1 to the number of latents, --epochs 1 or more, --draws 2 or more")
+    if config.explained < _FEWEST:
+        raise SondeError(f"--explained is {config.explained}: give {_FEWEST} or more")
     lm = load(config.model, dtype=config.dtype, device=config.device)
     sites = lm.match(*(config.sites or ("resid_post.*",)))
     if len(sites) < 3:
@@ -125,6 +137,7 @@ def _matches(
     made = dict(zip(sites, trained(run, lm, text, plans, epochs=config.epochs, seed=config.seed), strict=True))
     cache = cached(run, lm, made, text, seed=config.seed)
     sampling = Sampling(min_examples=config.min_examples)
+    surveyed: dict[str, list[tuple[float, Any]]] = {}
     terms: dict[str, list[list[int]]] = {}
     rows: dict[str, np.ndarray] = {}
     latents = []
@@ -132,17 +145,21 @@ def _matches(
         found = lexical_survey(
             cache, site, range(config.latents), config=sampling, seed=config.seed, progress=f"explaining {site}"
         )
-        kept = [one for one in found if one.explanation is not None and one.explanation.ids]
-        if len(kept) < _FEWEST:
+        good = [(one.score.balanced_accuracy, one) for one in found if one.explanation and one.score]
+        if len(good) < _FEWEST:
             raise SondeError(
-                f"{len(kept)} latents of {site} can be explained, fewer than {_FEWEST}: give more --tokens or a "
+                f"{len(good)} latents of {site} can be explained, fewer than {_FEWEST}: give more --tokens or a "
                 "smaller --min-examples"
             )
+        surveyed[site] = sorted(good, key=lambda pair: -pair[0])
+    count = min(config.explained, *map(len, surveyed.values()))
+    for site, good in surveyed.items():
+        kept = [one for _, one in good[:count]]
         terms[site] = [list(one.explanation.ids) for one in kept if one.explanation]
         rows[site] = made[site].w_dec.detach().cpu().numpy()[[one.latent for one in kept]]
         latents += [
-            {"site": site, "latent": one.latent, "tokens": lm.token_strings(one.explanation.ids)}
-            for one in kept
+            {"site": site, "latent": one.latent, "accuracy": accuracy, "tokens": lm.token_strings(one.explanation.ids)}
+            for accuracy, one in good[:count]
             if one.explanation
         ]
     embed = TermVectors(*terms.values())
@@ -161,10 +178,9 @@ def _matches(
                 "second": b,
                 "distance": j - i,
                 "cosines": match.cosine.tolist(),
-                "similarity": match.mean,
                 "shuffled": dealt.tolist(),
-                "by decoder": written.mean,
-                "random pairs": float(chance.mean()),
+                "by decoder": written.cosine.tolist(),
+                "random pairs": chance.tolist(),
             }
         )
     return {"pairs": pairs, "latents": latents}
@@ -180,60 +196,69 @@ def _chapter(sites: Sequence[str], found: dict[str, Any], config: LayerSimilarit
     from sonde.stats.intervals import percentile_interval
 
     pairs = found["pairs"]
-    rng = np.random.default_rng(config.seed)
-    drawn = np.array([_resampled(np.array(pair["cosines"]), rng) for pair in pairs])
-    means = np.array([pair["similarity"] for pair in pairs])
-    dealt = np.array([pair["shuffled"] for pair in pairs])
     apart = np.array([pair["distance"] for pair in pairs])
     far = max(2, len(sites) // 2)
     near_by, distant = apart == 1, apart >= far
-
-    def margin(values: "np.ndarray") -> Any:
-        return values[near_by].mean(0) - values[distant].mean(0)
-
+    means = {key: np.array([np.mean(pair[key]) for pair in pairs]) for key in _SERIES}
+    rng = np.random.default_rng(config.seed)
+    drawn = {
+        key: np.array([_resampled(np.array(pair[key]), rng) if key in _MATCHES else pair[key] for pair in pairs])
+        for key in _SERIES
+    }
     n = len(found["latents"])
-    gap = percentile_interval(float(margin(means)), margin(drawn), n)
-    chance = percentile_interval(float(margin(dealt).mean()), margin(dealt), config.draws)
-    alike = percentile_interval(float(means[near_by].mean()), drawn[near_by].mean(0), n)
-    alike_dealt = percentile_interval(float(dealt[near_by].mean()), dealt[near_by].mean(0), config.draws)
+
+    def interval(key: str, some: Any) -> Any:
+        """Mean over pairs of sites; resampled over matched pairs, or over the draws of a baseline."""
+        units = n if key in _MATCHES else config.draws
+        return percentile_interval(float(means[key][some].mean()), drawn[key][some].mean(0), units)
+
+    def margin(key: str) -> Any:
+        units = n if key in _MATCHES else config.draws
+        values = drawn[key][near_by].mean(0) - drawn[key][distant].mean(0)
+        return percentile_interval(float(means[key][near_by].mean() - means[key][distant].mean()), values, units)
+
     command = shlex.join(config.command())
     shown: dict[str, Any] = {
         "chapter": "similarity", "better": "higher", "command": command,
         "figures": ("similarity.distance",), "tables": ("similarity.pairs-shown",),
     }  # fmt: skip
-    more = "more alike than" if gap.low > chance.high else "no more alike than"
+    gap, written = margin("cosines"), margin("by decoder")
+    chance, at_random = margin("shuffled"), margin("random pairs")
     findings = [
         Finding.of(
             gap,
             id="similarity.margin",
-            sentence=f"Explanations of adjacent layers are {more} those of layers {far} or more apart.",
-            metric="mean matched cosine of adjacent layers less that of distant ones",
+            sentence="Matched by what they say, explanations of adjacent layers are "
+            f"{_more(gap, chance)} those of layers {far} or more apart.",
+            metric="mean matched cosine of explanations of adjacent layers less that of distant ones",
             control=Control.of("tokens dealt out anew within each layer", chance),
             **shown,
         ),
         Finding.of(
-            alike,
+            written,
+            id="similarity.margin-written",
+            sentence="Matched by what they write, latents of adjacent layers have explanations that are "
+            f"{_more(written, at_random)} those of layers {far} or more apart.",
+            metric="mean cosine of the explanations of latents with matching decoder rows, adjacent less distant",
+            control=Control.of("pairs at random", at_random),
+            **shown,
+        ),
+        Finding.of(
+            interval("cosines", near_by),
             id="similarity.adjacent",
-            sentence=f"Explanations of adjacent layers match at a mean cosine of {alike.estimate:.2f}.",
+            sentence="Explanations of adjacent layers match at a mean cosine of "
+            f"{means['cosines'][near_by].mean():.2f}.",
             metric="mean matched cosine of the explanations of adjacent layers",
-            control=Control.of("tokens dealt out anew within each layer", alike_dealt),
+            control=Control.of("tokens dealt out anew within each layer", interval("shuffled", near_by)),
             **shown,
         ),
     ]
-    curve = []
-    for distance in sorted(set(apart.tolist())):
-        own = apart == distance
-        for name, values in (("explanations", drawn[own]), ("tokens dealt out anew", dealt[own])):
-            estimate = means[own].mean() if name == "explanations" else dealt[own].mean()
-            band = percentile_interval(float(estimate), values.mean(0), n)
-            curve.append(
-                {"distance": distance, "of": name, "cosine": band.estimate, "low": band.low, "high": band.high}
-            )
-        curve += [
-            {"distance": distance, "of": name, "cosine": value, "low": value, "high": value}
-            for name, key in (("matched by decoder rows", "by decoder"), ("pairs at random", "random pairs"))
-            for value in [float(np.mean([pair[key] for pair in pairs if pair["distance"] == distance]))]
-        ]
+    curve = [
+        {"distance": distance, "of": name, "cosine": band.estimate, "low": band.low, "high": band.high}
+        for distance in sorted(set(apart.tolist()))
+        for key, name in _SERIES.items()
+        for band in [interval(key, apart == distance)]
+    ]
     chart = chart_kinds.lines(
         curve,
         x="distance",
@@ -242,8 +267,8 @@ def _chapter(sites: Sequence[str], found: dict[str, Any], config: LayerSimilarit
         high="high",
         series="of",
         control=("tokens dealt out anew", "pairs at random"),
-        title=f"Adjacent layers match at {number(means[near_by].mean(), 2)}, layers {far} or more apart at "
-        f"{number(means[distant].mean(), 2)}",
+        title=f"Latents that write alike: {number(means['by decoder'][near_by].mean(), 2)} in adjacent layers, "
+        f"{number(means['by decoder'][distant].mean(), 2)} in layers {far} or more apart",
         subtitle="Mean cosine between the explanations of matched latents, 95 % bands",
         x_title="blocks between the two sites",
         y_title="cosine of explanations",
@@ -251,15 +276,15 @@ def _chapter(sites: Sequence[str], found: dict[str, Any], config: LayerSimilarit
     short = [site.replace("resid_post.", "") for site in sites]
     heat = chart_kinds.heat(
         [
-            {"x": sites.index(p[one]), "y": sites.index(p[other]), "cosine": p["similarity"]}
+            {"x": sites.index(p[one]), "y": sites.index(p[other]), "cosine": float(np.mean(p["by decoder"]))}
             for p in pairs
             for one, other in (("first", "second"), ("second", "first"))
         ],
         x="x",
         y="y",
         value="cosine",
-        title="The nearer two layers, the more alike their explanations" if gap.low > 0 else "Similarity of all layers",
-        subtitle="Mean matched cosine of explanations",
+        title="The nearer two layers, the more alike their explanations" if written.low > 0 else "All layers",
+        subtitle="Mean cosine between the explanations of latents with matching decoder rows",
         x_title="site",
         y_title="site",
         x_labels=short,
@@ -283,30 +308,26 @@ def _chapter(sites: Sequence[str], found: dict[str, Any], config: LayerSimilarit
                     "second",
                     *(Column(name=name) for name in ("similarity", "shuffled", "decoder", "random")),
                 ],
-                rows=[
-                    [
-                        p["first"],
-                        p["second"],
-                        p["similarity"],
-                        float(np.mean(p["shuffled"])),
-                        p["by decoder"],
-                        p["random pairs"],
-                    ]
-                    for p in pairs
-                ],
+                rows=[[p["first"], p["second"], *(float(np.mean(p[key])) for key in _SERIES)] for p in pairs],
             ),
         ],
         not_shown=(
             "Token sets see single tokens alone, so layers that treat the same tokens look alike whatever they do with "
-            "them. Latents that fire too rarely or everywhere have no explanation and are left out."
+            "them. Latents that fire too rarely or everywhere have no explanation and are left out, and so are those "
+            "whose explanation holds least."
         ),
         how=(
             f"TopK dictionaries of {config.latents} latents ({config.k} active) at {len(sites)} sites, one pass of the "
-            "model. Token sets of highest F1 on 40 active and 40 silent windows; tokens weighted by how rare they are "
+            "model. Token sets of highest F1 on 40 active and 40 silent windows; of each site the latents whose sets "
+            f"hold best on other windows, at most {config.explained}. Tokens weighted by how rare they are "
             "among all explanations, cosine, Hungarian match. Shuffle: the tokens of all explanations of a layer dealt "
             f"out anew, lengths kept, and matched again, {config.draws} times ({_PAPER})."
         ),
     )
+
+
+def _more(ours: "Interval", control: "Interval") -> str:
+    return "more alike than" if ours.low > control.high else "no more alike than"
 
 
 def _resampled(cosines: "np.ndarray", rng: "np.random.Generator", draws: int = 500) -> "np.ndarray":
