@@ -3,7 +3,7 @@
     python benchmarks/auto_interp.py                 # detection and fuzzing; --simulation for that too
     python benchmarks/auto_interp.py --http          # the same through HTTP to a server on this machine
 
-Latents are planted in random tokens. The calls alone take calls * 50 ms / 64. Printed are that time, the wall time above
+Latents are planted in random tokens. The calls alone take calls * 50 ms / 64. Printed: that time, the wall time above
 it in per cent, and the CPU time of a call: of cutting windows, writing questions, keeping and reading answers, scores
 with their intervals, and files. A busy machine adds to the wall time, and much less to the CPU time.
 """

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _CITE = "Paulo et al. 2024, arXiv:2410.13928"
 _HALF = 0.5
+_SPEED = ("concurrency", "requests_per_minute", "tokens_per_minute", "timeout")  # of no number
 # Scorer: (what better than chance says, what it is otherwise, the metric).
 _CLAIMS = {
     "detection": (
@@ -263,7 +264,7 @@ def _finding(row: Mapping[str, Any], config: "AutoInterpConfig") -> "Finding":
         "metric": metric,
         "better": "higher",
         "unit": "nats" if row["scorer"] == "intervention" else "",
-        "command": shlex.join(config.command()),
+        "command": shlex.join(config.command(*_SPEED)),
         "tables": ("scores.table",),
     }
     mean, (better, otherwise) = row["mean"], _CLAIMS[row["scorer"]]

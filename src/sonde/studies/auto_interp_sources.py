@@ -138,7 +138,9 @@ def scorers(
 
     shown = {"shown": config.shown, "logprobs": config.probabilities, "seed": config.seed}
     windows = cache.n_tokens // config.window
-    fires = (lambda *_: []) if config.dry_run else local_scorers.fires(lm, encoders)
+    fires = (
+        (lambda hookpoint, latent, texts: [0.0] * len(texts)) if config.dry_run else local_scorers.fires(lm, encoders)
+    )
     made = {
         "detection": lambda: Detection(**shown),
         "fuzzing": lambda: Fuzzing(**shown),
