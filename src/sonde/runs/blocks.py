@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sonde.runs.feature_cards import FeatureView
 from sonde.runs.finding import Finding
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -192,7 +193,7 @@ class Prose:
     heading: str = ""
 
 
-Block = Figure | Table | TokenView | Prose
+Block = Figure | Table | TokenView | FeatureView | Prose
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,10 @@ from markupsafe import Markup, escape
 from sonde.errors import SondeError
 from sonde.files import write_json, write_text
 from sonde.runs import charts, palette
-from sonde.runs.blocks import Appendix, Chapter, Column, Figure, Header, Prose, Table, TokenView
+from sonde.runs.blocks import Appendix, Block, Chapter, Column, Figure, Header, Prose, Table, TokenView
+from sonde.runs.feature_cards import FeatureView
 from sonde.runs.finding import Finding, findings_json
-from sonde.runs.report import coding, numbers, strip, token_text
+from sonde.runs.report import coding, feature_view, numbers, strip, token_text
 
 BUDGET = 8_000_000
 MOST_FINDINGS = 12
@@ -69,7 +70,10 @@ def render(
     parts: dict[str, int] = {}
     rendered = [_chapter(chapter, parts) for chapter in chapters]
     has_charts = any(isinstance(block, Figure) for chapter in chapters for block in chapter.blocks)
-    script = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "charts.js", "token_view.js"))
+    script = "".join(
+        (_HERE / name).read_text(encoding="utf-8")
+        for name in ("page.js", "charts.js", "token_view.js", "feature_view.js")
+    )
     context = {
         "header": header,
         "run": twin["run"],
@@ -124,10 +128,10 @@ def _chapter(chapter: Chapter, parts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _block(block: Figure | Table | TokenView | Prose, parts: dict[str, int]) -> dict[str, Any]:
+def _block(block: Block, parts: dict[str, int]) -> dict[str, Any]:
     if isinstance(block, Prose):
         return {"kind": "prose", "heading": block.heading, "html": paragraphs(block.text)}
-    make = {Figure: _figure, Table: _table, TokenView: _token_view}[type(block)]
+    make = {Figure: _figure, Table: _table, TokenView: _token_view, FeatureView: _feature_view}[type(block)]
     made = make(block)
     parts[f"{made['kind']} {block.id}"] = sum(len(value) for value in made.values() if isinstance(value, str))
     return made
@@ -230,6 +234,10 @@ def _token_view(view: TokenView) -> dict[str, Any]:
         "sites": header["sites"],
         "start": header["start"],
     }
+
+
+def _feature_view(view: FeatureView) -> dict[str, Any]:
+    return feature_view.parts(view, _environment())
 
 
 def _span(text: str, colour: str) -> Markup:
