@@ -139,7 +139,7 @@ def scorers(
     shown = {"shown": config.shown, "logprobs": config.probabilities, "seed": config.seed}
     windows = cache.n_tokens // config.window
     fires = (
-        (lambda hookpoint, latent, texts: [0.0] * len(texts)) if config.dry_run else local_scorers.fires(lm, encoders)
+        (lambda *of: [0.0] * len(of[-1])) if config.dry_run else local_scorers.fires(lm, encoders)
     )
     made = {
         "detection": lambda: Detection(**shown),
