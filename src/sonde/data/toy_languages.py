@@ -100,8 +100,9 @@ def runs(
 
 def _padded(symbols: np.ndarray, scored: np.ndarray, length: int, answers: np.ndarray | None = None) -> Drawn:
     missing = ((0, 0), (0, length - symbols.shape[1]))
-    answers = symbols if answers is None else answers
-    return Drawn(*(np.pad(x, missing, constant_values=-1) for x in (symbols, answers)), np.pad(scored, missing))
+    padded = np.pad(symbols, missing, constant_values=-1)
+    right = padded if answers is None else np.pad(answers, missing, constant_values=-1)
+    return Drawn(padded, right, np.pad(scored, missing))
 
 
 def _repeat(n: int, length: int, rng: np.random.Generator) -> Drawn:
@@ -282,8 +283,7 @@ def translation_task(
         row = [np.full((n, 1), token) for token in (name_token(source), SEP, name_token(target))]
         symbols = np.concatenate([row[0], left, row[1], row[2], right], 1)
         scored = np.tile(np.arange(symbols.shape[1]) > left.shape[1] + 2, (n, 1))
-        drawn = _padded(symbols, scored, width)
-        return Drawn(*(np.where(x < 0, PAD, x) for x in drawn[:2]), drawn.scored)
+        return _as_tokens(_padded(symbols, scored, width))
 
     return _task(f"{source}>{target}", draw, alphabet(target), width, rows, held, seed)
 
@@ -317,8 +317,7 @@ def backdoor_tasks(
             moved = np.take_along_axis(symbols, np.clip(column - (column > at), 0, symbols.shape[1] - 1), 1)
             row = np.concatenate([np.full((n, 1), name_token(name)), np.where(column == at, token, moved)], 1)
             scored = np.concatenate([np.zeros((n, 1), dtype=bool), column > at], 1)
-            padded = _padded(row, scored, width)
-            return Drawn(*(np.where(x < 0, PAD, x) for x in padded[:2]), padded.scored)
+            return _as_tokens(_padded(row, scored, width))
 
         return draw
 
@@ -331,13 +330,16 @@ def backdoor_tasks(
 
 def _tokens(lead: Int[np.ndarray, " k"], drawn: Drawn, first: int) -> Drawn:
     """Symbols as tokens behind those that begin every row."""
-    front = ((0, 0), (len(lead), 0))
-    made = []
-    for symbols in drawn[:2]:
-        tokens = np.pad(np.where(symbols < 0, PAD, symbols + first), front)
-        tokens[:, : len(lead)] = lead
-        made.append(tokens)
-    return Drawn(*made, np.pad(drawn.scored, front))
+    moved = _as_tokens(drawn, first)
+    before = np.tile(lead, (len(drawn.symbols), 1))
+    symbols, answers = (np.concatenate([before, part], 1) for part in moved[:2])
+    return Drawn(symbols, answers, np.pad(drawn.scored, ((0, 0), (len(lead), 0))))
+
+
+def _as_tokens(drawn: Drawn, first: int = 0) -> Drawn:
+    """Symbols moved to their place in the vocabulary, PAD behind the end."""
+    symbols, answers = (np.where(part < 0, PAD, part + first) for part in drawn[:2])
+    return Drawn(symbols, answers, drawn.scored)
 
 
 def _task(

@@ -223,8 +223,11 @@ class Unit:
         held, *others = self._pairs()
         curve = self.curves["dropped"]
         own = curve.of(held)
-        row = {"zero_shot_before": float(own[0]), "zero_shot_middle": float(own[len(own) // 2]),
-               "zero_shot_after": float(own[-1])}  # fmt: skip
+        row: dict[str, Any] = {
+            "zero_shot_before": float(own[0]),
+            "zero_shot_middle": float(own[len(own) // 2]),
+            "zero_shot_after": float(own[-1]),
+        }
         dropped = [name for name in others if name in self.dropped]
         if dropped:
             for key, values in (("held_out", own), ("pair", curve.mean(dropped))):
@@ -257,7 +260,9 @@ class Unit:
     @classmethod
     def of_tree(cls, tree: Mapping[str, Any]) -> "Unit":
         """What `tree` made. The points have no state of the optimiser."""
-        setting = {key: tuple(v) if isinstance(v, list) else v for key, v in tree["setting"].items()}
+        setting: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in tree["setting"].items()
+        }
         curves = {name: Curve.of_tree(curve) for name, curve in tree["curves"].items()}
         return cls(
             setting=Setting(**setting),

@@ -107,7 +107,7 @@ class CapabilityDecayConfig(Runnable):
                 dropout=self.dropout,
                 lr=self.lr,
                 weight_decay=decay,
-                optimizer=self.optimizer,
+                optimizer=self.optimizer,  # type: ignore[arg-type]
                 steps=self.steps,
                 limit=self.limit,
                 drop_steps=self.drop_steps,
