@@ -142,6 +142,7 @@ def capability_decay(config: CapabilityDecayConfig) -> Path:
 
     from sonde.dynamics.decay_hypotheses import declared
     from sonde.studies import capability_decay_chapters as chapters
+    from sonde.studies import capability_decay_readings as readings
 
     check_options(config)
     settings = config.units()
@@ -158,18 +159,18 @@ def capability_decay(config: CapabilityDecayConfig) -> Path:
         if not config.no_gate:
             able = [unit for unit in units if unit.summary()["half_life_exact"] is not None]
             if able:
-                made.append(chapters.gate_chapter([(unit, _gate(run, unit)) for unit in tqdm(able, desc="gates")]))
+                made.append(readings.gate_chapter([(unit, _gate(run, unit)) for unit in tqdm(able, desc="gates")]))
             shared = [(unit, found) for unit in units if (found := _sharing(run, unit)) is not None]
             if shared:
-                made.append(chapters.sharing_chapter(shared))
+                made.append(readings.sharing_chapter(shared))
         base = [unit for unit in units if unit.setting.weight_decay == min(config.weight_decay)]
         if config.baselines:
-            made.append(chapters.baseline_chapter(_baselines(run, base), base[0].main()))
+            made.append(readings.baseline_chapter(_baselines(run, base), base[0].main()))
         if config.in_turn:
-            made.append(chapters.turn_chapter(_in_turn(run, base[0].setting, config), config.in_turn))
+            made.append(readings.turn_chapter(_in_turn(run, base[0].setting, config), config.in_turn))
         if config.backdoor:
             own = {unit.setting.seed: unit.setting for unit in base}
-            made.append(chapters.backdoor_chapter([_backdoor(run, s, config) for s in own.values()], config))
+            made.append(readings.backdoor_chapter([_backdoor(run, s, config) for s in own.values()], config))
         shape = units[0].before.weights
         return publish(
             run,
