@@ -43,6 +43,11 @@ class Setting:
         """Names that are not controls'."""
         return [name for name in self.dictionaries if not name.endswith((RANDOM, COMPONENTS))]
 
+    def label(self, name: str) -> str:
+        """A name without its site, where all are of one."""
+        sites = {self.dictionaries[one].site for one in self.trained}
+        return name.removeprefix(f"{next(iter(sites))}").lstrip("-: ") if len(sites) == 1 else name
+
     def control(self, name: str, what: str) -> str:
         """The name of a control at the site of a dictionary."""
         return f"{self.dictionaries[name].site}: {what}"
@@ -53,15 +58,15 @@ def reconstruction(setting: Setting) -> Chapter:
     first = setting.metrics[setting.first].reconstruction
     names = {what: setting.control(setting.first, what) for what in (COMPONENTS, RANDOM)}
     components = setting.metrics[names[COMPONENTS]].reconstruction
-    share = f"{number(100 * first.fvu.estimate, 1)} %"
+    share = f"{number(100 * first.fvu.estimate, 3)} %"
     finding = Finding.of(
         first.fvu,
         id="reconstruction.fvu",
         chapter="reconstruction",
         sentence=(
-            f"With {number(first.l0.estimate, 0)} of {setting.latents:,} directions a token, the dictionary leaves "
+            f"With {number(first.l0.estimate, 3)} of {setting.latents:,} directions a token, the dictionary leaves "
             f"{share} of the variance unexplained; as many principal components leave "
-            f"{number(100 * components.fvu.estimate, 1)} %."
+            f"{number(100 * components.fvu.estimate, 3)} %."
         ),
         metric=f"fraction of variance unexplained by {setting.first}",
         better="lower",
@@ -79,7 +84,7 @@ def reconstruction(setting: Setting) -> Chapter:
             Figure(
                 id="reconstruction.fvu",
                 chart=_intervals(
-                    {name: one.reconstruction.fvu for name, one in setting.metrics.items()},
+                    {setting.label(name): one.reconstruction.fvu for name, one in setting.metrics.items()},
                     title=f"{share} of the variance is left unexplained",
                     subtitle="Fraction of variance unexplained on held-out text, with 95 % intervals; controls last",
                     axis="fraction of variance unexplained",
@@ -141,7 +146,7 @@ def prediction(setting: Setting) -> Chapter:
                 share.interval,
                 sentence=(
                     f"Of what the model loses without these activations, the dictionary gives back "
-                    f"{number(100 * share.value, 1)} % (ablation: their mean)."
+                    f"{number(100 * share.value, 3)} % (ablation: their mean)."
                 ),
                 **about,
                 **held,
@@ -156,7 +161,7 @@ def prediction(setting: Setting) -> Chapter:
             Figure(
                 id="prediction.delta",
                 chart=_intervals(
-                    {name: one.delta for name, one in losses.items()},
+                    {setting.label(name): one.delta for name, one in losses.items()},
                     title=f"The model loses {number(first.delta.estimate, 2)} nats a token",
                     subtitle="Cross-entropy with the dictionary less without it, with 95 % intervals; controls last",
                     axis="change of cross-entropy (nats)",
@@ -226,8 +231,8 @@ def seeds(setting: Setting, plans: "Sequence[Plan]") -> Chapter:
         id="seeds.shared",
         chapter="seeds",
         sentence=(
-            f"{number(100 * first.shared.estimate, 1)} % of the latents are found again by another seed "
-            f"({number(100 * chance.shared.estimate, 1)} % of random directions would be)."
+            f"{number(100 * first.shared.estimate, 2)} % of the latents are found again by another seed "
+            f"({number(100 * chance.shared.estimate, 2)} % of random directions would be)."
         ),
         metric="share of latents whose partner by encoder and by decoder is the same, both cosines above 0.7",
         better="higher",
@@ -243,7 +248,7 @@ def seeds(setting: Setting, plans: "Sequence[Plan]") -> Chapter:
     }
     counts = {name: np.histogram(values.cpu().numpy(), _BINS)[0] / len(values) for name, values in shown.items()}
     rows = [
-        {"cosine": float(_BINS[i] + _BINS[i + 1]) / 2, "share": float(share), "of": name}
+        {"cosine": 50 * float(_BINS[i] + _BINS[i + 1]), "share": float(share), "of": name}
         for name, shares in counts.items()
         for i, share in enumerate(shares)
     ]
@@ -253,9 +258,9 @@ def seeds(setting: Setting, plans: "Sequence[Plan]") -> Chapter:
         y="share",
         series="of",
         control=(RANDOM,),
-        title=f"{number(100 * first.shared.estimate, 0)} % of the latents come back with another seed",
+        title=f"{number(100 * first.shared.estimate, 2)} % of the latents come back with another seed",
         subtitle="Share of latents by the largest cosine of their decoder row with one of the other dictionary",
-        x_title="largest cosine with a decoder row of the other",
+        x_title="100 × largest cosine with a decoder row of the other",
         y_title="share of latents",
     )
     return Chapter(
@@ -311,7 +316,7 @@ def _intervals(values: "Mapping[str, Interval]", *, title: str, subtitle: str, a
 def _curves(setting: Setting) -> Figure:
     chosen = setting.trained[:_CURVES]
     rows = [
-        {"tokens": point["tokens"] / 1e6, "fvu": point["fvu"], "dictionary": name}
+        {"tokens": point["tokens"] / 1e3, "fvu": point["fvu"], "dictionary": setting.label(name)}
         for name in chosen
         for point in setting.dictionaries[name].facts["curve"]
     ]
@@ -321,9 +326,9 @@ def _curves(setting: Setting) -> Figure:
         x="tokens",
         y="fvu",
         series="dictionary",
-        title=f"Training ends at {number(100 * last['fvu'], 1)} % unexplained",
+        title=f"Training ends at {number(100 * last['fvu'], 3)} % unexplained",
         subtitle="Fraction of variance unexplained on the rows of each stretch of training, before their steps",
-        x_title="tokens learned from (millions)",
+        x_title="tokens learned from (thousands)",
         y_title="fraction unexplained",
     )
     shown = "" if len(chosen) == len(setting.trained) else f" of the first {len(chosen)} dictionaries"
@@ -336,22 +341,21 @@ def _density(setting: Setting) -> Figure:
     edges = density_edges()
     chosen = setting.trained[: _CURVES - 1]
     random = setting.control(setting.first, RANDOM)
-    rows = []
-    for name in (*chosen, random):
-        counts = setting.metrics[name].reconstruction.density
-        shown = [i for i, count in enumerate(counts) if count]
-        rows += [
-            {"log": (edges[i] + edges[i + 1]) / 2, "latents": counts[i], "dictionary": name}
-            for i in range(max(0, min(shown, default=0) - 1), min(len(counts), max(shown, default=0) + 2))
-        ]
+    counts = {name: setting.metrics[name].reconstruction.density for name in (*chosen, random)}
+    shown = [i for i in range(len(edges) - 1) if any(count[i] for count in counts.values())]
+    rows = [
+        {"log": (edges[i] + edges[i + 1]) / 2, "latents": count[i], "dictionary": setting.label(name)}
+        for name, count in counts.items()
+        for i in range(max(0, shown[0] - 1), min(len(edges) - 1, shown[-1] + 2))
+    ]
     result = setting.metrics[setting.first].reconstruction
     chart = chart_kinds.lines(
         rows,
         x="log",
         y="latents",
         series="dictionary",
-        control=(random,),
-        title=f"{number(100 * result.alive, 1)} % of the latents fire on {result.tokens:,} tokens",
+        control=(setting.label(random),),
+        title=f"{number(100 * result.alive, 3)} % of the latents fire on {result.tokens:,} tokens",
         subtitle="Latents by the share of tokens on which they fire, in quarters of a power of ten",
         x_title="log10 of the share of tokens",
         y_title="latents",
