@@ -1,5 +1,7 @@
 """From latents to files: known error rates come out, kills change nothing, nothing is asked or paid for twice."""
 
+import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -24,7 +26,7 @@ from sonde.features.scorers.intruder import Intruder
 from sonde.features.scorers.simulation import Simulation
 from sonde.features.scorers.verdicts import Detection, Fuzzing
 from sonde.lm.asking.client import Client, Limits
-from sonde.lm.asking.completion import Completion, Offers
+from sonde.lm.asking.completion import Completion, Offers, as_error, request_key
 from sonde.lm.asking.ledger import Price
 
 SMALL = Sampling(length=16, min_examples=100)
@@ -305,3 +307,44 @@ def test_unread_answers_are_exact_in_the_summary(tmp_path):
     assert scores.examples == len(records) == 200
     assert scores.unparsed == sum(not one["parsed"] for one in records) > 0
     assert scores.to_json()["unparsed_rate"] == scores.unparsed / 200
+
+
+class Faulty(LiteralReader):
+    """Fails in five ways, drawn from a seed; counts the answers that it charged for."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.rng, self.charged = np.random.default_rng(seed), Counter()
+
+    async def complete(self, messages, params):
+        fault = self.rng.choice(["429", "500", "hang", "malformed", "cut", ""], p=[0.1, 0.1, 0.02, 0.1, 0.1, 0.58])
+        if fault in ("429", "500"):
+            raise as_error(int(fault), "no", "0.01" if fault == "429" else None)
+        if fault == "hang":
+            await asyncio.sleep(60)
+        answer = await super().complete(messages, params)
+        self.charged[request_key(self.name, messages, params)] += 1
+        text = {"malformed": "{'answers': 1 0", "cut": answer.text[: len(answer.text) // 2]}.get(fault, answer.text)
+        return dataclasses.replace(answer, text=text, truncated=fault == "cut")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_whatever_fails_every_example_is_read_or_not_and_nothing_is_charged_twice(tmp_path, seed):
+    cache = planted(tmp_path / "world", sets(4, seed), seed=seed)
+    reader = Faulty(seed)
+    limits = Limits(concurrency=16, timeout=0.5, backoff=0.002)
+    summary, client = through(
+        cache, tmp_path / "run", reader, range(4), [Detection(), Fuzzing()], Lexical(words), limits=limits,
+        price=Price(1.0, 1.0), budget=10.0,
+    )  # fmt: skip
+    assert max(reader.charged.values()) == 1
+    assert sum(reader.charged.values()) == summary.bill["answers"] == client.counts["calls"] - client.counts["retries"]
+    for name in ("detection", "fuzzing"):
+        lines = (tmp_path / f"run/scores/{name}.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert len(records) == 400 and all((one["answer"] is not None) == one["parsed"] for one in records)
+        scores = summary.scores[name, "planted"]
+        assert scores.unparsed == sum(not one["parsed"] for one in records)
+        # One in five answers cannot be read, and neither can one in five of those asked for again.
+        assert 0 < scores.unparsed < 0.15 * 400
+        assert set(scores.values) == {1.0}  # what was read is right
