@@ -64,7 +64,7 @@ def reconstruction(setting: Setting) -> Chapter:
         id="reconstruction.fvu",
         chapter="reconstruction",
         sentence=(
-            f"With {number(first.l0.estimate, 3)} of {setting.latents:,} directions a token, the dictionary leaves "
+            f"With {number(round(first.l0.estimate))} of {setting.latents:,} directions a token, the dictionary leaves "
             f"{share} of the variance unexplained; as many principal components leave "
             f"{number(100 * components.fvu.estimate, 3)} %."
         ),
