@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _CITE = "Paulo et al. 2024, arXiv:2410.13928"
 _HALF = 0.5
+_SPREAD = ("detection", "fuzzing", "surprisal", "embedding")  # tests of the explanation with this chance
 _SPEED = ("concurrency", "requests_per_minute", "tokens_per_minute", "timeout")  # of no number
 # Scorer: (what better than chance says, what it is otherwise, the metric).
 _CLAIMS = {
@@ -117,14 +118,16 @@ def _scores_chapter(
             y_title="test",
         )
         blocks.append(Figure(id="scores.means", chart=chart, caption="The mean score of every test, and its chance."))
-    spread = _spread(latents, [row["scorer"] for row in known if row["chance"] == _HALF])
+    spread = _spread(latents, [row["scorer"] for row in known if row["scorer"] in _SPREAD])
     if spread:
+        first = spread[0]["scorer"]
+        own = [row["score"] for row in spread if row["scorer"] == first]
         chart = chart_kinds.lines(
             spread,
             x="share",
             y="score",
             series="scorer",
-            title="How the scores are spread over the latents",
+            title=f"Half of the latents score {own[len(own) // 2]:.2f} or more in {first}",
             subtitle="Latents from the worst to the best explained",
             x_title="share of latents with a lower score",
             y_title="score",

@@ -138,9 +138,7 @@ def scorers(
 
     shown = {"shown": config.shown, "logprobs": config.probabilities, "seed": config.seed}
     windows = cache.n_tokens // config.window
-    fires = (
-        (lambda *of: [0.0] * len(of[-1])) if config.dry_run else local_scorers.fires(lm, encoders)
-    )
+    fires = (lambda *of: [(0.0, 1)] * len(of[-1])) if config.dry_run else local_scorers.fires(lm, encoders)
     made = {
         "detection": lambda: Detection(**shown),
         "fuzzing": lambda: Fuzzing(**shown),
@@ -149,7 +147,7 @@ def scorers(
         "embedding": lambda: local_scorers.embedding(lm.decode),
         "example-embedding": lambda: local_scorers.example_embedding(lm.decode),
         "intruder": lambda: Intruder(shown=max(2, config.shown), seed=config.seed),
-        "generation": lambda: Generation(fires, windows),
+        "generation": lambda: Generation(fires, windows, config.window),
         "intervention": lambda: Effect(lm, written(lm, encoders), cache, seed=config.seed),
     }
     wanted = [name for name in names if not config.dry_run or name in _ASKING]

@@ -1,7 +1,8 @@
 """Generation: do texts that somebody writes from the explanation make the latent fire?
 
 The scorer writes a number of texts; the score is the share in which the latent fires at some token. Chance is how often
-a window of the corpus makes it fire.
+it fires in as many tokens of the corpus: with q the share of windows of w tokens in which it does, 1 - (1 - q)^(n / w)
+for a text of n.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,19 +15,20 @@ from sonde.features.scorers.scorer import Scored, alone
 from sonde.lm.asking.client import Client
 from sonde.lm.asking.completion import Completion, Params, Unanswered
 
-Fires = Callable[[str, int, Sequence[str]], list[float]]
-"""(hookpoint, latent, texts) -> the latent's largest activation in each text."""
+Fires = Callable[[str, int, Sequence[str]], list[tuple[float, int]]]
+"""(hookpoint, latent, texts) -> the latent's largest activation in each text, and how many tokens the text has."""
 
 
 @dataclass(frozen=True)
 class Generation:
     """Do `texts` texts written from the explanation make the latent fire?
 
-    fires: what a text makes the latent do. windows: number of windows of the corpus, for chance.
+    fires: what a text makes the latent do. windows: number of windows of the corpus. window: tokens in one.
     """
 
     fires: Fires
     windows: int
+    window: int = 32
     texts: int = 10
     name: str = "generation"
     explained: bool = True
@@ -34,7 +36,6 @@ class Generation:
 
     async def score(self, subject: Subject, explanation: str, client: Client) -> Scored:
         """Ask for the texts in one question and run them through the model. Fewer texts than asked for are unread."""
-        chance = subject.examples.active / self.windows
         params = Params(max_tokens=60 * self.texts)
         again = f"{questions.AGAIN} with {self.texts} texts on numbered lines, and nothing else."
         try:
@@ -42,7 +43,10 @@ class Generation:
         except Unanswered:
             found = None
         texts = (found or [])[: self.texts]
-        largest = await alone(lambda: self.fires(subject.hookpoint, subject.latent, texts)) if texts else []
+        ran = await alone(lambda: self.fires(subject.hookpoint, subject.latent, texts)) if texts else []
+        silent = 1 - subject.examples.active / self.windows
+        chance = sum(1 - silent ** (tokens / self.window) for _, tokens in ran) / len(ran) if ran else None
+        largest = [value for value, _ in ran]
         records = [_record(text, value) for text, value in zip(texts, largest, strict=True)]
         records += [_record(None, None) for _ in range(self.texts - len(texts))]
         fired = sum(value > 0 for value in largest)

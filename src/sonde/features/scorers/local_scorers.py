@@ -33,10 +33,10 @@ def surprisal(lm: LanguageModel) -> Ranked:
 
 
 def fires(lm: LanguageModel, encoders: Mapping[str, Any]) -> Fires:
-    """Run texts through `lm` and give a latent's largest activation in each."""
+    """Run texts through `lm` and give a latent's largest activation in each, and its number of tokens."""
 
     @torch.no_grad()
-    def largest(hookpoint: str, latent: int, texts: Sequence[str]) -> list[float]:
+    def largest(hookpoint: str, latent: int, texts: Sequence[str]) -> list[tuple[float, int]]:
         encoder = encoders[hookpoint]
         site = getattr(encoder, "site", None) or hookpoint
         found = []
@@ -47,7 +47,7 @@ def fires(lm: LanguageModel, encoders: Mapping[str, Any]) -> Fires:
             values, indices = encoder.encode(acts[site][0].float())
             own = values[indices == latent]
             top = float(own.max()) if len(own) else 0.0
-            found.append(top if top > LEAST else 0.0)
+            found.append((top if top > LEAST else 0.0, len(ids)))
         return found
 
     return largest
