@@ -28,7 +28,7 @@ from sonde.dynamics.low_rank import is_low_rank, low_rank
 from sonde.errors import SondeError
 
 GATED, SCRAMBLED = 0.7, 0.3
-_PROBE_ROWS, _PENALTY, _LEAST = 256, 1e-4, 1e-12
+_PROBE_ROWS, _PENALTY, _LEAST = 128, 1e-2, 1e-12
 _LIGHT_LR = 1e-2  # of changes of rank 1, which have few parameters
 _BETWEEN = 9  # points of the line between two sets of weights, its ends among them
 
@@ -147,7 +147,7 @@ def linear_readout(module: nn.Module, task: Task) -> float:
 
     x, y = _last_stream(module, rows, places), rows[places]
     scale = StandardScaler().fit(x)
-    probe = LogisticRegression(C=1 / (_PENALTY * len(x)), max_iter=300).fit(scale.transform(x), y)
+    probe = LogisticRegression(C=1 / (_PENALTY * len(x)), max_iter=1000).fit(scale.transform(x), y)
     answers = task.answers[task.scored]
     probabilities = probe.predict_proba(scale.transform(_last_stream(module, task.held, task.scored)))
     column = {token: i for i, token in enumerate(probe.classes_.tolist())}
