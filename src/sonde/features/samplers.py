@@ -63,7 +63,7 @@ class Sampling:
             raise SondeError(f"min_examples is {self.min_examples}: train and test need at least 2")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LatentExamples:
     """Windows of one latent. Fewer than were asked for where the text has no more: the lists' lengths say so.
 
@@ -96,6 +96,11 @@ class LatentExamples:
             assert not near.any(), f"latent {self.latent}: a test window shares tokens with a train window"
         silent = [window.slot for window in (*self.train_negatives, *self.negatives)]
         assert len(set(silent)) == len(silent), f"latent {self.latent}: a negative was drawn twice"
+
+    def __repr__(self) -> str:
+        parts = ("train", "train_negatives", "test", "negatives")
+        counts = ", ".join(f"{part}: {len(getattr(self, part))}" for part in parts)
+        return f"LatentExamples({self.hookpoint!r}, {self.latent}, active in {self.active} windows, {counts})"
 
 
 @dataclass(frozen=True)
