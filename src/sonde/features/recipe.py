@@ -3,7 +3,8 @@
 Small models are given few tokens, so that everything is quicker than the published settings: a higher rate than
 2e-4/√(M/2¹⁴), steps of a thousand rows mixed over sixteen steps, latents that are dead after a tenth of the training,
 rows scaled to norm √d. Thresholds of JumpReLU start at 0.5 under a window of 2: with the published 0.001 they do not
-move in a thousand steps.
+move in a thousand steps. The threshold of BatchTopK is the average of ten steps and no more: a longer one lags behind
+weights that still change, and keeps fewer than k.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ SPARSITY = {"jumprelu": 10.0, "relu": 2.0, "gated": 2.0}  # for about 30 active 
 
 def settings(tokens: int, *, lr: float = RATE) -> StepConfig:
     """Steps of a training of so many tokens."""
-    return StepConfig(lr=lr, dead_after=max(1, tokens // 10), threshold_decay=0.99)
+    return StepConfig(lr=lr, dead_after=max(1, tokens // 10), threshold_decay=0.9)
 
 
 def small_plans(
