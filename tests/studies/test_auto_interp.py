@@ -70,8 +70,8 @@ def test_a_dry_run_says_what_a_paid_model_would_cost_and_asks_nobody(dictionary,
     )  # fmt: skip
     page = auto_interp(config)
     bill = json.loads((page.parent / "estimate/summary.json").read_text())["bill"]
-    # One explanation; 4 questions each of detection and fuzzing, 20 windows, up to 20 rounds, one of ten texts.
-    assert 2 * (1 + 4 + 4 + 20 + 1) < bill["answers"] <= 2 * (1 + 4 + 4 + 20 + 20 + 1)
+    # An explanation, 4 questions each of detection and fuzzing, 20 windows, ten texts; too few windows for intruders.
+    assert bill["answers"] == 2 * (1 + 4 + 4 + 20 + 1)
     assert bill["dollars"] == pytest.approx(
         (bill["prompt_tokens"] * 0.15 + bill["completion_tokens"] * 0.6) / 1e6, abs=1e-6
     )

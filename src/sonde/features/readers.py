@@ -135,7 +135,8 @@ class CoinReader:
         rng = random.Random(f"{self._seed}\n{system}\n{asked}")
         if system.startswith((questions.EXPLAIN, questions.EXPLAIN_TOKENS)):
             words = _EXPLANATION_WORDS + _REASONING_WORDS * system.endswith(questions.CHAIN)
-            text = f"{questions.EXPLANATION} {' '.join(['word'] * words)}"
+            # No two alike, or questions about different latents would be one question, asked once.
+            text = f"{questions.EXPLANATION} {' '.join(['word'] * words)} {rng.randrange(10**6)}"
             return _completion(text, messages, params, [])
         if system == questions.EXPLAIN_EFFECT:
             return _completion(f"{questions.EXPLANATION} word word", messages, params, [])

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sonde.features.latent_cache import LatentCache
+    from sonde.lm.model import LanguageModel
     from sonde.runs.blocks import Chapter
+    from sonde.runs.feature_cards import FeatureView
     from sonde.runs.finding import Finding
     from sonde.studies.auto_interp import AutoInterpConfig
 
@@ -65,13 +68,17 @@ _NAMES = {
 
 
 def chapters(
-    folder: Path, summary: Mapping[str, Any], rare: Mapping[str, int], config: "AutoInterpConfig"
+    folder: Path,
+    summary: Mapping[str, Any],
+    rare: Mapping[str, int],
+    config: "AutoInterpConfig",
+    cards: "Sequence[FeatureView]" = (),
 ) -> "list[Chapter]":
     """All chapters of a finished run in `folder`."""
     latents = [json.loads(line) for line in (folder / "latents.jsonl").read_text(encoding="utf-8").splitlines()]
     return [
         _scores_chapter(latents, summary, rare, config),
-        _latents_chapter(latents, summary),
+        _latents_chapter(latents, summary, cards),
         cost_chapter(summary, config),
     ]
 
@@ -139,7 +146,7 @@ def _scores_chapter(
     blocks.append(
         Table(
             id="scores.table",
-            caption="Every test: mean over latents, chance, answers that could not be read (and were left out)",
+            caption="Every test, and the answers that could not be read",
             columns=columns,
             rows=[
                 [
@@ -181,47 +188,85 @@ def _scores_chapter(
     )
 
 
-def _latents_chapter(latents: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> "Chapter":
+def views(
+    folder: Path, lm: "LanguageModel", encoders: Mapping[str, Any], cache: "LatentCache", config: "AutoInterpConfig"
+) -> "list[FeatureView]":
+    """Cards of all latents of every hookpoint, in full for those that were to be explained."""
+    from sonde.features.cards import MOST
+    from sonde.organisms.pebble_features import read_records
+    from sonde.studies.auto_interp_sources import written
+    from sonde.studies.feature_blocks import chosen_latents, feature_view
+
+    records, writes = read_records(folder), written(lm, encoders)
+    made = []
+    for hookpoint in cache.hookpoints:
+        known = records.get(hookpoint, {})
+        scored = [latent for latent, one in known.items() if one["status"] == "scored"]
+        most = MOST // len(cache.hookpoints)
+        view, _ = feature_view(
+            f"latents.{hookpoint.lower().replace('/', '-')}",
+            lm,
+            cache,
+            hookpoint,
+            title=f"Latents of {hookpoint}",
+            command=shlex.join(["sonde", "features", "show", str(folder), "--hookpoint", hookpoint]),
+            directions=writes[hookpoint][1],
+            records=known,
+            shown=chosen_latents(cache, hookpoint, first=scored, most=most, seed=config.seed)
+            if not config.latents
+            else list(known)[:most],
+            seed=config.seed,
+            progress="cards",
+        )
+        made.append(view)
+    return made
+
+
+def _latents_chapter(
+    latents: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], cards: "Sequence[FeatureView]"
+) -> "Chapter":
     from sonde.features.marking import SHARE, marked
     from sonde.runs.blocks import Chapter, Column, Table
 
     scorers = list(summary["scores"])
-    rows = []
+    sentences, scores = [], []
     for one in latents:
         shown = ""
         if one["windows"]:
             window = one["windows"][0]
             top = max(window["activations"])
             shown = marked(window["tokens"], [a > SHARE * top for a in window["activations"]])
-        scores = [one["measures"].get(name) for name in scorers]
-        rows.append(
-            [
-                one["hookpoint"],
-                str(one["latent"]),
-                one["count"],
-                one["explanation"] or f"({one['status']}: {one['reason']})",
-                *(None if score is None else score["values"][score["main"]]["estimate"] for score in scores),
-                shown,
-            ]
-        )
-    columns = [
-        "hookpoint", "latent", Column(name="tokens", unit="fires at"), "explanation",
-        *(Column(name=name) for name in scorers), Column(name="strongest window", code=True),
-    ]  # fmt: skip
+        name = f"{one['hookpoint']} {one['latent']}"
+        text = one["explanation"] or f"({one['status']}: {one['reason']})"
+        sentences.append([name, one["count"], text, shown])
+        measured = [one["measures"].get(scorer) for scorer in scorers]
+        scores.append([name, *(None if m is None else m["values"][m["main"]]["estimate"] for m in measured)])
     scored = summary["statuses"].get("scored", 0)
     return Chapter(
         id="latents",
         question="What does each latent respond to?",
         answer=f"{scored} of {len(latents)} latents have an explanation that was scored.",
         blocks=[
+            *cards,
             Table(
                 id="latents.table",
-                caption="Latents, explanations, scores, and the window in which each fires most, marked where it does",
-                columns=columns,
-                rows=rows,
-            )
+                caption="Explanations, and where each latent fires most",
+                columns=[
+                    "latent",
+                    Column(name="tokens", unit="fires at"),
+                    "explanation",
+                    Column(name="strongest window", code=True),
+                ],
+                rows=sentences,
+            ),
+            Table(
+                id="latents.scores",
+                caption="Scores of each latent",
+                columns=["latent", *(Column(name=name) for name in scorers)],
+                rows=scores,
+            ),
         ],
-        not_shown="One window is shown of each latent; latents.jsonl has ten, and all scores with their intervals.",
+        not_shown="Latents that were not drawn have no windows here; the command under the index shows them all.",
         how="The scores are those of the first chapter, one latent at a time.",
     )
 
