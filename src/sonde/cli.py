@@ -33,6 +33,8 @@ usage: sonde COMMAND [...]
                        sonde run tuned-lens organism:pebble
   sweep STUDY ...    run one at many settings: lists and ranges make every combination
                        sonde sweep tuned-lens organism:pebble --seed 0..2 --trainer ridge,adam
+  features show      what each latent of a sparse dictionary responds to, as a page; by default of a bundled one
+                       sonde features show organism:pebble 12
   organism list      networks with known truth; `info NAME` shows one, `train NAME` makes it again
                        sonde organism info pebble
 
@@ -51,6 +53,16 @@ usage: sonde organism list | info NAME | train NAME [...]
                      sonde organism info pebble
   train NAME ...   make it again from text of your own; `--help` after the name shows the options
                      sonde organism train pebble --text books/ --out my-pebble"""
+
+FEATURES_HELP = """\
+usage: sonde features show [DICTIONARY_OR_RUN] [LATENT] [...]
+
+  show             write a page that shows what each latent of a dictionary responds to, or one of them in full, and
+                   print where it is; of a dictionary's folder, a run of auto-interp, or organism:pebble (the default)
+                     sonde features show
+                     sonde features show organism:pebble 12 --out my-pages
+
+  sonde features show --help   all options"""
 
 RUN_HELP = """\
 usage: sonde run STUDY [...]
@@ -114,6 +126,7 @@ def _dispatch(argv: list[str]) -> int:
         "run": _run,
         "sweep": _sweep,
         "studies": _studies,
+        "features": _features,
         "organism": _organism,
     }
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -199,6 +212,18 @@ def _studies(argv: list[str]) -> None:
     wide = max(map(len, STUDIES.entries))
     for entry in STUDIES.entries.values():
         print(f"{entry.name:{wide}}  {entry.summary}" + (f"\n{'':{wide}}  {entry.paper}" if entry.paper else ""))
+
+
+def _features(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(FEATURES_HELP)
+        return
+    if argv[0] != "show":
+        raise _unknown("features command", argv[0], ["show"], "sonde features")
+    from sonde.studies.feature_pages import FeaturesShowConfig, features_show
+
+    config = parse(FeaturesShowConfig, argv[1:], command="sonde features show")
+    print("page:", features_show(config))
 
 
 def _organism(argv: list[str]) -> None:

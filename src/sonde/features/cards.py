@@ -63,6 +63,7 @@ def feature_cards(
         progress: label of a progress bar; None for no bar.
 
     Raises `SondeError` for a hookpoint that the cache does not have.
+
     """
     records = records or {}
     statistics = latent_statistics(cache, hookpoint, seed=seed)

@@ -24,7 +24,7 @@ def sha256(path: Path) -> str:
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
     """Write `card` into an organism's folder, with the hashes of its weights and tokenizer."""
-    files = ("model.safetensors", DIFFERENCE, "history.safetensors", "tokenizer.json")
+    files = ("model.safetensors", DIFFERENCE, "history.safetensors", "dictionary.safetensors", "tokenizer.json")
     hashes = {name: sha256(folder / name) for name in files if (folder / name).is_file()}
     write_json(folder / "card.json", {**card, "sha256": hashes})
 

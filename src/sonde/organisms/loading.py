@@ -25,7 +25,8 @@ def load(name_or_path: str | Path, **options: Any) -> LanguageModel:
     text = str(name_or_path)
     organism = text.startswith(PREFIX)
     folder = folder_of(text.removeprefix(PREFIX)) if organism else Path(name_or_path)
-    if organism and not any((folder / name).is_file() for name in ("config.json", DIFFERENCE)):
+    files = ("model.safetensors", DIFFERENCE)
+    if organism and not any((folder / name).is_file() for name in files):
         raise SondeError(f"{text} is no language model: `sonde organism info {folder.name}` says what it is")
     if (folder / DIFFERENCE).is_file() and not (folder / "config.json").is_file():
         from sonde.organisms.difference import load_difference

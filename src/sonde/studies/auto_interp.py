@@ -59,7 +59,8 @@ class AutoInterpConfig(Runnable):
     model: Model
     """A local folder in Hugging Face format, a name on the hub, or organism:NAME."""
     dictionary: Names = None
-    """Folders of dictionaries, of any format that is read. By default the middle block's MLP neurons, 32 a token."""
+    """Folders of dictionaries, of any format that is read, or organism:pebble. By default the middle block's MLP
+    neurons, 32 a token."""
     text: Text = None
     """A file, a folder or a data set in which latents are watched. By default the help() topics of Python."""
     tokens: Count = 262144
@@ -195,7 +196,7 @@ def auto_interp(config: AutoInterpConfig) -> Path:
     check_options(config)
     sampling, price, names = config.sampling(), config.paid(), config.chosen
     lm = load(config.model, dtype=config.dtype, device=config.device)
-    encoders = sources.encoders(lm, config)
+    encoders = sources.encoders(lm, config.dictionary)
     backend = sources.backend(lm, config)
     with open_run("auto-interp", config, lm) as run:
         cache = LatentCache.build(
@@ -215,7 +216,9 @@ def auto_interp(config: AutoInterpConfig) -> Path:
         written = (
             [chapters.cost_chapter(summary, config)]
             if config.dry_run
-            else chapters.chapters(run.path(), summary, rare, config)
+            else chapters.chapters(
+                run.path(), summary, rare, config, chapters.views(run.path(), lm, encoders, cache, config)
+            )
         )
         return publish(
             run,

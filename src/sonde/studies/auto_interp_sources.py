@@ -24,16 +24,19 @@ _ASKING = ("detection", "fuzzing", "simulation", "intruder", "generation")
 _PROMOTED = 10
 
 
-def encoders(lm: "LanguageModel", config: "AutoInterpConfig") -> dict[str, Any]:
-    """Encoders by hookpoint: the site that each reads, with its folder's name where two read the same."""
-    from sonde.features.formats.detection import load_dictionary
-    from sonde.features.neurons import MLPNeurons
+def encoders(lm: "LanguageModel", folders: Sequence[str] | None) -> dict[str, Any]:
+    """Encoders by hookpoint: the site that each reads, with its folder's name where two read the same.
 
-    if config.dictionary is None:
+    `folders` are those of dictionaries, or names of bundled ones; for None the middle block's MLP neurons.
+    """
+    from sonde.features.neurons import MLPNeurons
+    from sonde.organisms.pebble_features import load_dictionary
+
+    if folders is None:
         neurons = MLPNeurons(lm, lm.n_layers // 2)
         return {f"neurons.{neurons.layer}": neurons}
     found: dict[str, Any] = {}
-    for folder in config.dictionary:
+    for folder in folders:
         dictionary = load_dictionary(folder, lm=lm).to(lm.device)
         if dictionary.site is None:
             raise SondeError(f"{folder} does not say which site it reads: save it with one")
@@ -167,19 +170,15 @@ def written(lm: "LanguageModel", encoders: Mapping[str, Any]) -> "dict[str, tupl
 
 
 def promoted(lm: "LanguageModel", writes: "Mapping[str, tuple[str, Tensor]]") -> Callable[[str, int], Sequence[str]]:
-    """The tokens whose logits a latent raises most, by W_U W_dec[i]; none where it does not write to the stream."""
-    import torch
+    """The tokens that a latent makes likelier most; none where it does not write to the stream."""
+    from sonde.features.logit_effects import logit_effects
 
-    unembedding = lm.unembedding
-
-    @torch.no_grad()
     def of(hookpoint: str, latent: int) -> list[str]:
         row = writes[hookpoint][1][latent]
         if row.shape != (lm.d_model,):
             return []
-        head = row if unembedding.project is None else unembedding.project(row)
-        top = (unembedding.weight.float() @ head).topk(_PROMOTED).indices
-        return [repr(token) for token in lm.token_strings(top.tolist())]
+        (top,) = logit_effects(lm, row[None], kept=_PROMOTED).promoted.tolist()
+        return [repr(token) for token in lm.token_strings(top)]
 
     return of
 

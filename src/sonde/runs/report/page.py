@@ -33,6 +33,7 @@ MOST_FINDINGS = 12
 MOST_ROWS = 200
 
 _HERE = Path(__file__).parent
+_SCRIPTS = ("page.js", "charts.js", "token_view.js", "feature_view.js")
 _WEB = re.compile(r"https?://[^\s<>\"'()]+[^\s<>\"'().,;:]")
 
 
