@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latent_worlds import Projection, planted
+from tokenizers.processors import TemplateProcessing
 
 import sonde
 from sonde.errors import SondeError
@@ -57,6 +58,24 @@ def test_the_cache_holds_what_the_encoders_give_and_nothing_at_separators(lm, tm
         found = dense(cache, hookpoint)
         assert np.abs(found - expected.numpy()).max() <= 1e-3 * expected.max()  # half precision
         assert (cache.counts(hookpoint) == (expected > module.LEAST).sum((0, 1)).numpy()).all()
+
+
+def test_a_token_that_opens_every_text_is_given_to_the_model_and_not_kept(tmp_path):
+    lm = sonde.load("organism:pebble")
+    assert lm.tokenizer is not None
+    end = lm.tokenizer.eos_token_id
+    opening = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", end)])
+    lm.tokenizer.backend_tokenizer.post_processor = opening
+    cache = build(lm, tmp_path)
+    tokens = torch.from_numpy(cache.tokens.astype(np.int64))
+    assert tokens.shape[1] == 32
+    given = torch.cat([torch.full_like(tokens[:, :1], end), tokens], 1)
+    with torch.no_grad(), lm.reading("resid_post.1") as acts:
+        lm(given)
+    values, indices = Projection(40, lm.d_model).encode(acts["resid_post.1"][:, 1:])
+    expected = torch.zeros(*tokens.shape, 40).scatter(-1, indices, values)
+    expected[tokens == end] = 0
+    assert np.abs(dense(cache, "resid_post.1") - expected.numpy()).max() <= 1e-3 * expected.max()
 
 
 def test_the_tokens_are_those_of_the_text_in_another_order(lm, tmp_path):

@@ -78,7 +78,8 @@ def latent_statistics(
         found = cache.latent(hookpoint, latent)
         flags[:, latent] = _kinds(cache.tokens, found, np.random.default_rng([seed, latent]))
         information[latent] = _position_information(found.position, *cache.tokens.shape)
-    return LatentStatistics(hookpoint, cache.n_tokens, counts, *flags, information)
+    single, weak, unigram = flags
+    return LatentStatistics(hookpoint, cache.n_tokens, counts, single, weak, unigram, information)
 
 
 def _kinds(

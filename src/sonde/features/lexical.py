@@ -34,7 +34,7 @@ class TokenSet:
         """The windows that hold a token of the set."""
         if not windows:
             return np.zeros(0, dtype=bool)
-        return np.isin(np.stack([window.tokens for window in windows]), self.ids).any(1)
+        return np.asarray(np.isin(np.stack([window.tokens for window in windows]), self.ids).any(1))
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class MLPNeurons:
 
     def directions(self) -> Float[Tensor, "neurons d"]:
         """What each neuron writes into the stream: the rows of the last projection, rotated like the neurons."""
-        weight = self._projection.weight.float()
+        weight = self._projection.get_parameter("weight").float()
         rows = weight.T if isinstance(self._projection, nn.Linear) else weight
         return rows if self._rotate is None else self._rotate.T @ rows
 
@@ -122,7 +122,11 @@ def _last_projection(mlp: nn.Module, width: int) -> tuple[nn.Module, int] | None
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
     # transformers' Conv1D (GPT-2) is a linear map with its weight turned
     linear = [m for m in mlp.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    hooks = [m.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out))) for m in linear]
+
+    def note(module: nn.Module, args: tuple, out: Tensor) -> None:
+        seen.append((module, args[0], out))
+
+    hooks = [module.register_forward_hook(note) for module in linear]
     parameter = next(mlp.parameters())
     probe = torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0)).to(parameter)
     try:

@@ -74,23 +74,18 @@ def _rows(
     text: Any, tokenizer: PreTrainedTokenizerBase, context: int, limit: int | None
 ) -> Iterator[tuple[Int[np.ndarray, "rows context"], int | None]]:
     """Rows of tokens and the token that goes before each, block by block of a text."""
-    alone = {"rank": 0, "world": 1, "rows": _ROWS}
     if isinstance(text, TokenBatches):
         yield from _rows_of(text)
         return
+    # a tokenizer that opens every text takes a place of each row
+    probe = TokenBatches(["one two three four"], tokenizer, context=2, rank=0, world=1)
+    extra = 1 if int(probe.places(0)[0, 0]) < 0 else 0
     found = False
-    extra = None
     for block in _blocks(documents(text)):
-        if extra is None:  # a tokenizer that opens every text takes a place of each row
-            try:
-                probe = TokenBatches(block, tokenizer, context=context, **alone)
-            except SondeError:
-                if not found:
-                    raise
-                continue
-            extra = 1 if int(probe.places(0)[0, 0]) < 0 else 0
         try:
-            batches = TokenBatches(block, tokenizer, context=context + extra, limit_tokens=limit, **alone)
+            batches = TokenBatches(
+                block, tokenizer, context=context + extra, limit_tokens=limit, rows=_ROWS, rank=0, world=1
+            )
         except SondeError:  # the last block may be shorter than one row
             if not found:
                 raise

@@ -140,9 +140,12 @@ class ActiveWindows:
         activations = self.activations_at(starts)
         tokens = gathered(self._tokens, starts, self.length)
         sequence, start = np.divmod(starts, self._context)
-        rows = zip(tokens, activations, activations.max(1).tolist(), self.slots[chosen].tolist(), strict=True)
-        places = zip(sequence.tolist(), start.tolist(), quantiles or [None] * len(starts), strict=True)
-        return [Window(*row, *place, "active", quantile) for row, (*place, quantile) in zip(rows, places, strict=True)]
+        columns = (tokens, activations, activations.max(1).tolist(), self.slots[chosen].tolist())
+        places = (sequence.tolist(), start.tolist(), quantiles or [None] * len(starts))
+        return [
+            Window(row, value, largest, slot, where, first, "active", quantile)
+            for row, value, largest, slot, where, first, quantile in zip(*columns, *places, strict=True)
+        ]
 
 
 def active_windows(
