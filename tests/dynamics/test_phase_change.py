@@ -8,7 +8,7 @@ from sonde.errors import SondeError
 from sonde.nets.transformer import TransformerShape
 
 TASK = SkipTrigram(classes=4, fillers=4, length=6)
-SHAPE = TransformerShape(TASK.vocab, 16, 1, 2, TASK.length, 0, layer_norm=False)
+SHAPE = TransformerShape(TASK.vocab, 32, 1, 4, TASK.length, 0, layer_norm=False)
 
 
 def test_a_sudden_fall_is_read_with_its_delay():
@@ -33,7 +33,7 @@ def test_a_slow_fall_has_no_sharp_doubling_and_no_step_is_invented():
 
 
 def test_endless_data_teach_a_rule_and_two_examples_are_memorised():
-    training = Training(SHAPE, steps=700, batch=64, lr=1e-2, test=256)
+    training = Training(SHAPE, steps=300, batch=64, lr=1e-2, test=256)
     endless = learn(TASK, Arm(None, 0.0), training)
     assert endless[-1].accuracy > 0.95
     few = learn(TASK, Arm(2, 0.0), training)

@@ -148,14 +148,14 @@ def change(looks: Sequence[Look]) -> Change:
     learned = next((look.step for look in looks if look.accuracy > 0.9), None)
     memorised = next((look.step for look in looks if look.train < 0.1 * looks[0].train), None)
     falls = [
-        (before.test - after.test) / (first - least)
+        before.test - after.test
         for before, after in itertools.combinations(looks, 2)
         if before.step > 0 and after.step <= 2 * before.step
     ]
     return Change(
         learned=learned,
         memorised=memorised,
-        sharpest=max(falls, default=0.0) if first > least else 0.0,
+        sharpest=max(0.0, *falls) / (first - least) if first > least else 0.0,
         delay=learned / memorised if learned is not None and memorised else None,
     )
 

@@ -40,10 +40,10 @@ class ImageStatisticsConfig(Runnable):
     """Training steps on digits, batches of 128; generated data get a quarter of them."""
     seeds: Count = 3
     """Networks that are trained side by side, each with its own weights."""
-    per_class: Count = 100
+    per_class: Count = 1000
     """Made rows of each class."""
     no_third: bool = False
-    """Leave out samples of order 3, which take most of the time before training."""
+    """Leave out samples of order 3, which take most of the time."""
     out: Folder = None
     """The run folder. By default a new one under runs/."""
     seed: Count = 0
@@ -98,7 +98,9 @@ def _digits(run: "Run", config: ImageStatisticsConfig) -> "tuple[list[Stage], di
     from sonde.nets.mlp import MLP, MLPShape
 
     data = digits(test=_HELD, seed=config.seed)
-    sets, errors = edited_sets(data, seed=config.seed, per_class=config.per_class, third=not config.no_third)
+    sets, errors = edited_sets(
+        data, seed=config.seed, per_class=config.per_class, third=not config.no_third, progress="made digits"
+    )
 
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.randint(len(data.train_x), (_BATCH,), generator=torch.Generator().manual_seed(step))
