@@ -24,6 +24,7 @@ from sonde.errors import SondeError
 from sonde.stats.solve import effective_rank
 
 CRITERION = {"accuracy": 0.95, "exact": 0.5}
+_LONGEST = 10  # times the curve's length: the longest time constant that is fitted
 GAP_STEPS = 64  # after a switch, in which the stability gap is looked for
 
 
@@ -144,7 +145,11 @@ def fits(times: Sequence[int], values: ArrayLike) -> tuple[Fit, Fit]:
     for law, (curve, names, natural) in laws.items():
         best = min(
             (
-                least_squares(lambda p, curve=curve: curve(p, t[own]) - s[own], (math.log(1 + start), 0.0))
+                least_squares(
+                    lambda p, curve=curve: curve(p, t[own]) - s[own],
+                    (math.log(1 + start), 0.0),
+                    bounds=((-3.0, -2.0), (math.log(_LONGEST * (1 + t[-1])), 1.0 if law == "exponential" else 5.0)),
+                )
                 for start in (t[-1] / 100, t[-1] / 10, t[-1])
             ),
             key=lambda result: result.cost,

@@ -53,13 +53,15 @@ def decay_chapter(units: "Sequence[Unit]", tested: "Sequence[Tested]", config: "
         blocks=[
             Figure(
                 id="decay.exact",
-                chart=_curves(units, "exact", "Rows that are still right as a whole"),
+                chart=_curves(units, "exact", "After {steps} steps {range} of rows are right"),
                 caption="Share of the dropped language's rows that are right as a whole, mean over seeds; grey: the "
                 "same networks trained on without a drop.",
             ),
             Figure(
                 id="decay.masked",
-                chart=_curves(units, "masked_exact", "The same, with the readout limited to the language's alphabet"),
+                chart=_curves(
+                    units, "masked_exact", "With its own alphabet alone, after {steps} steps {range} are right"
+                ),
                 caption="The same rows when only symbols of the language can be answered: what is still known.",
             ),
             Table(
@@ -107,7 +109,8 @@ def decay_chapter(units: "Sequence[Unit]", tested: "Sequence[Tested]", config: "
                     "law of the masked skill",
                 ],
                 rows=[_law_row(unit) for unit in units],
-                caption="Areas under the decay, and which of a power law and an exponential predicts held-out points.",
+                caption="Areas under the decay, and which of a power law and an exponential predicts held-out points "
+                "better, with its root mean square error there.",
             ),
         ],
         not_shown=(
@@ -181,7 +184,7 @@ def _curves(units: "Sequence[Unit]", measure: str, title: str) -> Any:
     from sonde.runs import chart_kinds
 
     rows: list[dict[str, Any]] = []
-    controls = []
+    controls, ends = [], []
     for name, own in groups_of(units).items():
         for stage, shown in (("dropped", name), ("continued", f"{name}: no drop")):
             curve = own[0].curves[stage]
@@ -192,6 +195,8 @@ def _curves(units: "Sequence[Unit]", measure: str, title: str) -> Any:
             ]
             if stage == "continued":
                 controls.append(shown)
+            else:
+                ends.append(float(values[-1]))
     # the controls lie on one another at the top: one of them is shown
     rows = [
         row | {"of": row["of"] if row["of"] not in controls else "no drop"}
@@ -204,7 +209,7 @@ def _curves(units: "Sequence[Unit]", measure: str, title: str) -> Any:
         y="share",
         series="of",
         control=("no drop",),
-        title=title,
+        title=title.format(steps=units[0].setting.drop_steps, range=f"{min(ends):.0%} to {max(ends):.0%}"),
         subtitle="dropped language; control in grey: trained on with all languages",
         x_title="log2(1 + steps since the drop)",
         y_title="share of rows right",
@@ -276,7 +281,8 @@ def _law_row(unit: "Unit") -> list[Any]:
     row = unit.summary()
     try:
         law = fits(*unit.skill(masked=True))[0]
-        said = f"{law.law}: {', '.join(f'{k} {v:.3g}' for k, v in law.parameters.items())}"
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in law.parameters.items())
+        said = f"{law.law}: {numbers}; off by {math.sqrt(law.held_out_error):.2g}"
     except SondeError as error:
         said = str(error)
     areas = row.get("aud_exact"), row.get("aud_masked_skill")
