@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from tqdm import tqdm
 
 from sonde.errors import MissingExtra, SondeError
 
@@ -22,6 +23,7 @@ class SentenceEmbedder:
     Args:
         name: a folder or the name of an encoder in Hugging Face format; None for the one of the extra.
         device: where it runs.
+        progress: label of a progress bar; None for no bar.
 
     Raises:
         MissingExtra: for the default encoder where it is not installed.
@@ -29,9 +31,10 @@ class SentenceEmbedder:
 
     """
 
-    def __init__(self, name: str | None = None, *, device: str = "cpu") -> None:
+    def __init__(self, name: str | None = None, *, device: str = "cpu", progress: str | None = None) -> None:
         from transformers import AutoModel, AutoTokenizer
 
+        self._progress = progress
         self.name = name or "all-MiniLM-L6-v2"
         path = name or _bundled()
         try:
@@ -49,7 +52,8 @@ class SentenceEmbedder:
         """One row for each text; texts of like length share a batch."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         out = np.zeros((len(texts), self._model.config.hidden_size), dtype=np.float32)
-        for start in range(0, len(order), _BATCH):
+        starts = range(0, len(order), _BATCH)
+        for start in tqdm(starts, desc=self._progress, disable=self._progress is None, unit="batch"):
             rows = order[start : start + _BATCH]
             given = self._tokenizer(
                 [texts[i] for i in rows], padding=True, truncation=True, max_length=self._most, return_tensors="pt"

