@@ -29,6 +29,7 @@ MOST = 1536
 _NEAR = 6
 _TOKENS = 8
 _BINS = 24
+_DRAWN = 8
 _KINDS = (
     ("single_token", "single-token"),
     ("weakly_single_token", "weakly single-token"),
@@ -134,8 +135,8 @@ class _Maker:
         tenth = TENTHS - np.arange(n) * TENTHS // n
         first = _distinct(windows, STRONGEST)
         rng = np.random.default_rng([self.seed, latent])
-        rest = [i for q in range(TENTHS - 1, 0, -1) for i in rng.permutation(np.flatnonzero(tenth == q))[:1].tolist()]
-        chosen = list(dict.fromkeys([*first, *(i for i in rest if i > first[-1])]))
+        rest = [self._drawn(rng, windows, np.flatnonzero(tenth == q)) for q in range(TENTHS - 1, 0, -1)]
+        chosen = list(dict.fromkeys([*first, *(i for i in rest if i is not None and i > first[-1])]))
         cut = windows.cut(np.array(chosen), tenth[chosen].tolist())
         return [
             FeatureWindow(
@@ -145,6 +146,15 @@ class _Maker:
             )
             for window in cut
         ]
+
+    @staticmethod
+    def _drawn(rng: np.random.Generator, windows: ActiveWindows, among: Int[np.ndarray, " k"]) -> int | None:
+        """One of some windows, if possible one that brings no stronger activation from beside its slot."""
+        drawn = rng.permutation(among)[:_DRAWN]
+        if not len(drawn):
+            return None
+        own = windows.activations_at(windows.starts[drawn]).max(1) <= windows.maxima[drawn]
+        return int(drawn[own.argmax()])
 
     def _facts(self, latent: int, windows: int) -> list[tuple[str, str]]:
         kinds = [name for key, name in _KINDS if getattr(self.statistics, key)[latent]]

@@ -9,7 +9,9 @@ The relative bias (after Rajamanoharan et al. 2404.16014) is below 1 where a dic
 known before the end, so squares are taken around the mean of the first batch and moved by N |ȳ - c|², which is exact.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +108,17 @@ class ReconstructionSums:
             size / norm.clamp(min=_TINY),
         )
         table.index_add_(0, unit, torch.stack(columns, 1))
+
+    def state(self) -> dict[str, Any]:
+        """What was taken in so far, as a tree of tensors."""
+        started = {} if self._centre is None else {"centre": self._centre, "moved": self._moved, "sums": self._table()}
+        return {"fires": self.fires, **started}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Forget what was taken in, and hold what `state` says."""
+        self.fires = state["fires"]
+        self._centre, self._moved = state.get("centre"), state.get("moved")
+        self._tables = [state["sums"]] if "sums" in state else []
 
     @property
     def mean(self) -> Float[Tensor, " outputs"]:

@@ -98,14 +98,16 @@ def train_pebble_features(config: PebbleFeaturesConfig) -> Path:
 def load_dictionary(name_or_folder: str | Path, *, lm: "LanguageModel | None" = None) -> "Dictionary":
     """A bundled dictionary by its name or its model's, such as `organism:pebble`, or one in a folder, in any format.
 
-    Raises `SondeError` for an organism without a dictionary, and as `sonde.features.formats.detection` does.
+    What is stored in half precision is computed in float32. Raises `SondeError` for an organism without a dictionary,
+    and as `sonde.features.formats.detection` does.
     """
+    import torch
+
     from sonde.features.formats.detection import load_dictionary as load
 
     text = str(name_or_folder)
-    if not text.startswith(PREFIX):
-        return load(text, lm=lm)
-    return load(bundled_folder(text), lm=lm).float()
+    found = load(bundled_folder(text) if text.startswith(PREFIX) else text, lm=lm)
+    return found.float() if found.w_enc.dtype == torch.float16 else found
 
 
 def bundled_folder(name: str) -> Path:

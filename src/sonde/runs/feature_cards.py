@@ -101,7 +101,7 @@ class Feature:
 class FeatureView:
     """An index of latents that can be sorted and searched, and the card of the one that is chosen.
 
-    `start` is the number of the one that is open at first: the first that has windows where it is not given.
+    `start` is the number of the one that is open at first; where it is not given, the first that has most to show.
     `command` is what makes the cards again.
     """
 
@@ -132,7 +132,7 @@ class FeatureView:
         """The latent whose card is open at first."""
         if self.start is not None:
             return next(feature for feature in self.features if feature.number == self.start)
-        return next((feature for feature in self.features if feature.windows), self.features[0])
+        return max(self.features, key=lambda feature: (bool(feature.windows), bool(feature.scores)))
 
     @property
     def tests(self) -> list[str]:

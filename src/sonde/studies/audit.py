@@ -40,14 +40,16 @@ class AuditConfig(Runnable):
     out: Folder = None
     """The run folder. By default a new one under runs/."""
     chapters: Names = None
-    """The chapters to write, by name (card, loss, statistics, depth, passage, concepts, control, knowledge,
-    elicitation, cost). By default all."""
+    """The chapters to write, by name (card, loss, statistics, depth, passage, concepts, control, features,
+    knowledge, elicitation, cost). By default all."""
     labels: Name = None
     """A file of labelled text for the chapter on concepts: CoNLL-U (.conllu), or .jsonl with text and spans or label.
     By default the text is labelled by rules."""
     contrast: Name = None
     """A JSON file for the chapter on control: `positive` and `negative`, lists of texts that belong together in pairs.
     By default sentences about the sea and about a forest."""
+    dictionary: Name = None
+    """The folder of a sparse dictionary of this model, for the chapter on features. organism:pebble brings its own."""
     statements: Name = None
     """A .csv, .json or .jsonl file with `statement` and `label`, true or false, for the chapter on knowledge. By
     default comparisons of numbers."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sonde.lm.model import LanguageModel
     from sonde.runs.blocks import Chapter
     from sonde.runs.feature_cards import Feature
+    from sonde.runs.finding import Finding
 
 DEFAULT = "organism:pebble"
 _CONTEXT = 128
@@ -236,16 +237,18 @@ def _chapter(config: FeaturesShowConfig, source: _Source, view: Any, cards: "lis
     fires, tokens = torch.tensor([card.fires for card in cards]), source.cache.n_tokens
     alive = int((fires > 0).sum())
     explained = sum(bool(card.explanation) for card in cards)
-    finding = Finding.of(
-        wilson(alive, len(cards)),
-        id="features.alive",
-        chapter="features",
-        sentence=f"{alive:,} of {len(cards):,} latents fire at least once in {tokens:,} tokens.",
-        metric="share of latents that fire",
-        better="higher",
-        control_reason="how many latents fire says nothing of chance; the scores of each latent have their own.",
-        command=command,
-    )
+    findings = _score_findings(cards, command)[:1] or [
+        Finding.of(
+            wilson(alive, len(cards)),
+            id="features.alive",
+            chapter="features",
+            sentence=f"{alive:,} of {len(cards):,} latents fire at least once in {tokens:,} tokens.",
+            metric="share of latents that fire",
+            better="higher",
+            control_reason="how many latents fire says nothing of chance; none has an explanation that was scored.",
+            command=command,
+        )
+    ]
     blocks: list[Block] = [view]
     if config.latent is None and alive:
         blocks.append(
@@ -259,7 +262,7 @@ def _chapter(config: FeaturesShowConfig, source: _Source, view: Any, cards: "lis
         id="features",
         question="What does each latent respond to?" if config.latent is None else f"What is latent {config.latent}?",
         answer=f"{said}; {alive:,} fire in this text.{source.note}",
-        findings=[finding],
+        findings=findings,
         blocks=blocks,
         not_shown=(
             "What a latent is for. Windows come from one text; on another it may fire elsewhere. Promoted tokens are "
@@ -272,3 +275,35 @@ def _chapter(config: FeaturesShowConfig, source: _Source, view: Any, cards: "lis
             "which two latents fire. Scores as in sonde run auto-interp, where one was made."
         ),
     )
+
+
+def _score_findings(cards: "list[Feature]", command: str) -> "list[Finding]":
+    """The mean of every test over the latents that have a score of it, beside chance."""
+    from sonde.runs.finding import Control, Finding
+    from sonde.stats.intervals import bootstrap_mean
+
+    by_test: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for card in cards:
+        for score in card.scores:
+            if score.main and score.estimate is not None and score.chance is not None:
+                by_test.setdefault((score.test, score.measure), []).append((score.estimate, score.chance))
+    found = []
+    for (test, measure), values in by_test.items():
+        if len(values) < 2:
+            continue
+        mean = bootstrap_mean([value for value, _ in values])
+        chance = sum(chance for _, chance in values) / len(values)
+        better = mean.low > chance
+        found.append(
+            Finding.of(
+                mean,
+                id=f"features.{test}",
+                chapter="features",
+                sentence=f"By {test} the explanations are {'better' if better else 'no better'} than chance.",
+                metric=f"{measure} of {test}, mean over latents",
+                better="higher",
+                control=Control("chance", chance),
+                command=command,
+            )
+        )
+    return found

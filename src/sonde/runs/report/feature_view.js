@@ -4,7 +4,7 @@ for (const box of $$(".fv")) {
   const said = $(".sr", box), heads = $$("thead th", box), count = $(".fcount", box), more = $(".fmore", box);
   if (!canInflate) continue;
   const STEP = 100;
-  let data, shown = [], limit = STEP, current = +box.dataset.start, sorted = { key: "n", sign: 1 };
+  let data, shown = [], limit = STEP, current = +box.dataset.start, sorted = null;
   const link = (row) => {
     const node = make("a", { href: `#${id}/${row.n}` }, String(row.n));
     if (row.n === current) node.setAttribute("aria-current", "true");
@@ -30,8 +30,8 @@ for (const box of $$(".fv")) {
     const words = $("input[type=search]", controls).value.toLowerCase().split(/\s+/).filter(Boolean);
     const status = $("select", controls).value;
     shown = data.rows.filter((row) => (!status || row.status === status) && words.every((word) => row.find.includes(word)));
-    const { key, sign } = sorted;
-    shown.sort((one, two) => {
+    const { key, sign } = sorted ?? {};
+    if (sorted) shown.sort((one, two) => {
       const a = value(one, key), b = value(two, key);
       if (a == null || a === "" || b == null || b === "") return ((a == null || a === "") - (b == null || b === "")) || one.n - two.n;
       return sign * (typeof a === "number" ? a - b : a.localeCompare(b)) || one.n - two.n;
@@ -39,10 +39,16 @@ for (const box of $$(".fv")) {
     limit = STEP;
     draw();
   };
+  const bare = (row) => make("article", { class: "feature" },
+    make("div", { class: "fhead" }, make("h4", { tabindex: "-1" }, `Latent ${row.n}`), make("span", { class: "fstatus" }, row.status)),
+    make("p", { class: "says none" }, row.says || "No explanation."),
+    make("p", { class: "note" }, `Fires at ${row.rate_text} of tokens` + (row.largest === null ? "." : `, at most with ${row.largest_text}. No windows are in this page: sonde features show SOURCE ${row.n} writes them.`)));
   const open = (number, focus) => {
-    if (!(String(number) in data.cards)) return;
+    const row = data.rows.find((one) => one.n === number);
+    if (!row) return;
     current = number;
-    place.innerHTML = data.cards[number];
+    if (String(number) in data.cards) place.innerHTML = data.cards[number];
+    else place.replaceChildren(bare(row));
     draw();
     if (focus) {
       place.scrollIntoView({ block: "nearest" });
@@ -73,7 +79,6 @@ for (const box of $$(".fv")) {
         choose();
       });
     });
-    heads[0].setAttribute("aria-sort", "ascending");
     $("input[type=search]", controls).addEventListener("input", choose);
     $("select", controls).addEventListener("change", choose);
     $("input[type=checkbox]", controls).addEventListener("change", (event) => box.classList.toggle("nums", event.target.checked));

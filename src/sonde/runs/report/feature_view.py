@@ -1,8 +1,8 @@
 """The index of latents and their cards as HTML, made here once, so that every token is escaped by one piece of code.
 
-The card that is open at first stands in the page; all cards and all rows of the index go into it compressed, and a
-script only chooses among them. Strength shows as the background of a token, as the thickness of the line under it and
-as a number in its title.
+The card that is open at first stands in the page; the others and all rows of the index go into it compressed, and a
+script only chooses among them. Of latents about which nothing but their row is known the script makes the card.
+Strength shows as the background of a token, as the thickness of the line under it and as a number in its title.
 """
 
 import base64
@@ -26,8 +26,11 @@ def parts(view: FeatureView, environment: Any) -> dict[str, Any]:
     template = environment.get_template("feature.html.j2").module
     tests = view.tests
     known = {feature.number for feature in view.features}
-    cards = {str(f.number): str(template.card(_card(f), view.id, known)) for f in view.features}
-    rows = [_row(feature, tests) for feature in view.features]
+    opened = view.opened.number
+    told = [f for f in view.features if f.number == opened or f.windows or f.explanation]
+    cards = {str(f.number): str(template.card(_card(f), view.id, known)) for f in told}
+    ordered = sorted(view.features, key=lambda f: (not (f.windows and f.explanation), not f.windows, not f.explanation))
+    rows = [_row(feature, tests) for feature in ordered]
     packed = {"tests": tests, "rows": rows, "cards": cards}
     return {
         "kind": "feature view",
@@ -39,8 +42,8 @@ def parts(view: FeatureView, environment: Any) -> dict[str, Any]:
         "statuses": list(dict.fromkeys(feature.status for feature in view.features)),
         "total": len(view.features),
         "rows": rows[:FIRST_ROWS],
-        "start": view.opened.number,
-        "card": Markup(cards[str(view.opened.number)]),
+        "start": opened,
+        "card": Markup(cards[str(opened)]),
         "payload": _compressed(packed),
     }
 

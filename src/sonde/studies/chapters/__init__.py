@@ -20,6 +20,7 @@ CHAPTERS = {
     "passage": "Passage",
     "concepts": "Concepts",
     "control": "Control",
+    "features": "Features",
     "knowledge": "Knowledge",
     "elicitation": "Elicitation",
     "cost": "Cost",
