@@ -3,7 +3,6 @@
 import asyncio
 import json
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -28,7 +27,7 @@ class Server(ThreadingHTTPServer):
         self.faults = {text: list(steps) for text, steps in (faults or {}).items()}
         self.logprobs, self.schema = logprobs, schema
         self.requests, self.answered, self.bodies, self.keys = Counter(), Counter(), [], []
-        self.lock = threading.Lock()
+        self.lock, self.closing = threading.Lock(), threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -37,6 +36,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def __exit__(self, *_):
+        self.closing.set()
         self.shutdown()
         self.server_close()
 
@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         if step == "malformed":
             return self.reply(200, '{"choices": [{"mess')
         if step == "hang":
-            time.sleep(3)
+            server.closing.wait(60)
             self.close_connection = True
             return None
         if step == "broken":
@@ -114,7 +114,7 @@ def test_every_question_ends_and_none_is_charged_twice(tmp_path):
             answers=tmp_path / "calls.sqlite",
             price=price,
             budget=1.0,
-            limits=Limits(concurrency=16, attempts=4, timeout=1.0, backoff=0.01),
+            limits=Limits(concurrency=16, attempts=4, timeout=5.0, backoff=0.01),
         )
         found = asked(client, texts)
         for text, answer in found.items():
