@@ -47,6 +47,10 @@ def test_the_report_has_claims_that_are_refused_where_nothing_was_learned(tmp_pa
         (["--switch", "forget"], "switch 'forget' is unknown"),
         (["--revive-from", "5000"], "give a time inside it"),
         (["--lr", "0"], "a learning rate of 0"),
+        (["--optimizer", "adam"], "optimizer 'adam' is unknown"),
+        (["--replay", "1"], "a replay of 1"),
+        (["--floor-steps", "0"], "take 1 or more"),
+        (["--weight-decay", "-1"], "weight decay -1"),
     ],
 )
 def test_bad_options_of_decay_are_one_line_and_leave_nothing(words, line, tmp_path, capsys, monkeypatch):

@@ -74,6 +74,9 @@ class Setting:
                 f"{self.steps} joint steps, {self.drop_steps} after the drop, a limit of {self.limit}: "
                 "give 2, 2 and 1 or more"
             )
+        if not 0 <= self.replay < 1:
+            raise SondeError(f"a replay of {self.replay}: give a share from 0 to below 1")
+        Stage("dropped", self.drop_steps, switch=self.switch)  # refuses an unknown switch before anything is trained
         for time in self.revive_from:
             if not 0 < time < self.drop_steps:
                 raise SondeError(f"revival after {time} steps of a drop of {self.drop_steps}: give a time inside it")

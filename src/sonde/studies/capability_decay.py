@@ -98,6 +98,8 @@ class CapabilityDecayConfig(Runnable):
 
         if self.seeds < 1 or not self.mixtures or not self.weight_decay or not self.widths:
             raise SondeError("--seeds takes 1 or more, --mixtures, --weight-decay and --widths one value or more")
+        if min(self.drift_steps, self.floor_steps) < 1 or self.in_turn < 0:
+            raise SondeError("--drift-steps and --floor-steps take 1 or more, --in-turn 0 or more")
         made = [
             Setting(
                 mixture=mixture,  # type: ignore[arg-type]
@@ -123,7 +125,7 @@ class CapabilityDecayConfig(Runnable):
             for decay in self.weight_decay
             for mixture in self.mixtures
         ]
-        for setting in {replace(unit, seed=self.seed, weight_decay=self.weight_decay[0]) for unit in made}:
+        for setting in {replace(unit, seed=self.seed) for unit in made}:
             branching = setting.branching()
             setting.tasks_dropped(branching.joint)
         return made
@@ -141,6 +143,7 @@ def capability_decay(config: CapabilityDecayConfig) -> Path:
     from tqdm import tqdm
 
     from sonde.dynamics.decay_hypotheses import declared
+    from sonde.dynamics.decay_scores import alphabets_differ
     from sonde.studies import capability_decay_chapters as chapters
     from sonde.studies import capability_decay_readings as readings
 
@@ -149,6 +152,9 @@ def capability_decay(config: CapabilityDecayConfig) -> Path:
     subject = f"{len(settings)}-networks"
     with open_run("capability-decay", config, Named(subject)) as run:
         units = [_unit(run, setting, config) for setting in tqdm(settings, desc="networks")]
+        joint = settings[0].joint()
+        if warning := alphabets_differ([joint.task(name) for name in units[0].main()]):
+            run.log(warning)
         rows = [unit.summary() for unit in units]
         run.table("capability-decay.units", rows)
         run.table("capability-decay.scores", [row for unit in units for row in unit.rows()])
