@@ -193,7 +193,7 @@ def _explained(
     client.answers.close()
     lines = (work / "interp" / LATENTS).read_text(encoding="utf-8").splitlines()
     write_text(config.out / LATENTS, "".join(_compact(lines)))
-    return summary
+    return summary | {"read": cache.n_tokens}
 
 
 def _compact(lines: list[str]) -> Iterator[str]:
@@ -260,7 +260,7 @@ def _describe(
             "data": {
                 "learned_from": "docstrings and comments of Python's library",
                 "measured_on": measured.text,
-                "explained_on": f"{config.read:,} tokens of help topics at most, {MIN_EXAMPLES} windows at least",
+                "explained_on": f"{summary['read']:,} tokens of help topics, {MIN_EXAMPLES} windows at least",
             },
             "training": {
                 "tokens": dictionary.facts.get("tokens", config.tokens),

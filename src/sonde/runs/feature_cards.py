@@ -124,7 +124,7 @@ class FeatureView:
             given = [a for window in feature.windows for a in window.activations]
             if not all(math.isfinite(a) for a in given):
                 raise ValueError(
-                    f"feature view {self.id!r}: latent {feature.number} has activations that are no numbers"
+                    f"feature view {self.id!r}: latent {feature.number} has activations that are not finite"
                 )
 
     @property

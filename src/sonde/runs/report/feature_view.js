@@ -1,7 +1,7 @@
 // Latents: an index that is sorted and searched, and the card of the chosen one. Cards arrive as finished HTML.
 for (const box of $$(".fv")) {
-  const id = box.dataset.id, controls = $(".controls", box), body = $("tbody", box), place = $(".fcard", box);
-  const said = $(".sr", box), heads = $$("thead th", box), count = $(".fcount", box), more = $(".fmore", box);
+  const id = box.dataset.id, controls = $(".controls", box), body = $(".index tbody", box), place = $(".fcard", box);
+  const said = $(".sr", box), heads = $$(".index thead th", box), count = $(".fcount", box), more = $(".fmore", box);
   if (!canInflate) continue;
   const STEP = 100;
   let data, shown = [], limit = STEP, current = +box.dataset.start, sorted = null;

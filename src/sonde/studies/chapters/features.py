@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _SHOWN = 12
 _RARE = 10  # fewer tokens are no windows to show
 _CACHED = 1 << 16  # tokens whose activations are kept
-_PREDICTED = 8192
+_PREDICTED = 8000  # two batches
 _OWN, _RANDOM = "dictionary", "random directions"
 
 
