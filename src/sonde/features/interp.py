@@ -17,6 +17,7 @@ answer, and writes the same files as one that was left alone. Files in the folde
 """
 
 import asyncio
+import gc
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -265,7 +266,12 @@ def interpret(
             await work.through(found, files, ahead, bar)
         return work.summary
 
-    summary = client.run(run)
+    # Without this, collections go through all objects of torch and transformers again and again: a third of the time.
+    gc.freeze()
+    try:
+        summary = client.run(run)
+    finally:
+        gc.unfreeze()
     summary.bill = client.totals()
     write_json(folder / "summary.json", summary.to_json())
     return summary
