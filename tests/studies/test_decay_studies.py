@@ -21,8 +21,7 @@ def run(words):
 
 def test_the_report_has_claims_that_are_refused_where_nothing_was_learned(tmp_path, capsys):
     out = tmp_path / "run"
-    extras = ["--in-turn", "2", "--baselines", "--backdoor"]
-    assert run(["capability-decay", *TINY, *extras, "--out", str(out)]) == 0
+    assert run(["capability-decay", *TINY, "--out", str(out)]) == 0
     found = json.loads((out / "findings.json").read_text(encoding="utf-8"))["findings"]
     assert [one["id"] for one in found] == [f"decay.h{i}" for i in range(1, 7)]
     assert {one["status"] for one in found} == {"refused"}
@@ -30,11 +29,23 @@ def test_the_report_has_claims_that_are_refused_where_nothing_was_learned(tmp_pa
     assert units["mixture"].to_list() == ["A", "B"] and not units["learned"].any()
     scores = pl.read_parquet(out / "tables/capability-decay.scores.parquet")
     assert {"joint", "dropped", "continued", "floor", "revived-2", "revived-8"} == set(scores["stage"])
-    for name in ("decay.claims", "revival.savings", "sharing.predictors", "baselines.kept", "backdoor.rates"):
+    for name in ("decay.claims", "decay.laws", "revival.savings", "sharing.predictors"):
         assert (out / f"tables/{name}.parquet").exists()
-    assert (out / "charts/decay.exact.svg").exists() and (out / "charts/sequence.matrix.svg").exists()
+    assert (out / "charts/decay.exact.svg").exists() and (out / "charts/decay.masked.svg").exists()
     capsys.readouterr()
-    assert run(["capability-decay", *TINY, *extras, "--out", str(out), "--resume"]) == 0
+    assert run(["capability-decay", *TINY, "--out", str(out), "--resume"]) == 0
+
+
+def test_baselines_sequence_and_backdoor_are_chapters_of_their_own(tmp_path):
+    out = tmp_path / "run"
+    extras = ["--in-turn", "2", "--baselines", "--backdoor", "--no-gate"]
+    one = ["--languages", "2", "--widths", "16", "--steps", "4", "--drop-steps", "3", "--revive-from", "1"]
+    short = ["--mixtures", "A", "--weight-decay", "0.01", "--seeds", "1", "--drift-steps", "1", "--floor-steps", "1"]
+    assert run(["capability-decay", *one, *short, *extras, "--out", str(out)]) == 0
+    assert pl.read_parquet(out / "tables/baselines.kept.parquet")["baseline"].n_unique() == 8
+    assert pl.read_parquet(out / "tables/backdoor.rates.parquet")["rate before"].to_list() == [0, 0]
+    assert pl.read_parquet(out / "tables/sequence.turns.parquet")["language"].to_list() == ["digits", "digits-3x+5"]
+    assert (out / "charts/sequence.matrix.svg").exists()
 
 
 @pytest.mark.parametrize(
