@@ -75,8 +75,8 @@ def main() -> None:
     with torch.no_grad():
         activations = net.parts(task.pairs)[1]
     activations = activations[:, activations.std(0) > 0]  # a neuron that never fires has no frequency
-    mine, its = neuron_frequencies(activations, 113)[1].tolist(), one_by_one(activations, 113)[1]
-    assert mine == its
+    shares, theirs = neuron_frequencies(activations, 113)[0], torch.tensor(one_by_one(activations, 113)[0])
+    torch.testing.assert_close(shares, theirs.to(shares))
     found = interleave(
         {
             "neuron by neuron": lambda: one_by_one(activations, 113),
