@@ -78,7 +78,7 @@ def test_a_latent_that_never_fires_and_one_that_was_not_asked_about_say_so(cards
 
 def test_scores_of_a_run_are_taken_over_and_what_could_not_be_had_is_left_out(cards):
     assert cards[0].explanation == "fires on three and five"
-    assert [(score.measure, score.main) for score in cards[0].scores] == [("balanced accuracy", True), ("f1", False)]
+    assert [(score.measure, score.main) for score in cards[0].scores] == [("balanced accuracy", True), ("F1", False)]
     assert cards[0].scores[0].chance == 0.5
 
 

@@ -30,6 +30,7 @@ _NEAR = 6
 _TOKENS = 8
 _BINS = 24
 _DRAWN = 8
+_MEASURES = {"all": "correlation", "auc": "AUC", "f1": "F1"}
 _KINDS = (
     ("single_token", "single-token"),
     ("weakly_single_token", "weakly single-token"),
@@ -190,7 +191,7 @@ def _scores(record: Mapping[str, Any]) -> list[FeatureScore]:
     return [
         FeatureScore(
             test=test,
-            measure=name.replace("_", " "),
+            measure=_MEASURES.get(name, name.replace("_", " ")),
             estimate=value["estimate"],
             low=value.get("low"),
             high=value.get("high"),

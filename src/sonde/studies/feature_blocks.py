@@ -71,7 +71,7 @@ def feature_view(
     fire = sum(card.fires > 0 for card in cards)
     full = sum(bool(card.windows) for card in cards)
     caption = (
-        f"{fire:,} of {len(cards):,} latents fire in {cache.n_tokens:,} tokens; {full:,} are shown with windows. The "
+        f"{fire:,} of {len(cards):,} latents fire in {cache.n_tokens:,} tokens; windows are shown of {full:,}. The "
         "index has all of them, also those that never fire."
     )
     view = FeatureView(id=name, title=title, caption=caption, features=cards, start=start, command=command)

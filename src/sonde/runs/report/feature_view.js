@@ -12,7 +12,7 @@ for (const box of $$(".fv")) {
   };
   const line = (row) => {
     const cells = [make("th", { scope: "row", class: "num" }, link(row)),
-      make("td", { class: row.explained ? false : "none" }, row.says || "–"),
+      make("td", { class: row.explained ? false : "none" }, make("span", { class: "clip" }, row.says || "–")),
       make("td", {}, row.token ? make("code", {}, row.token) : "–"),
       make("td", { class: "num" }, row.rate_text), make("td", { class: "num" }, row.largest_text),
       ...row.score_texts.map((text) => make("td", { class: "num" }, text)), make("td", {}, row.status)];

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sonde.errors import SondeError
+from sonde.features.activation_rows import Selection, selected
 from sonde.features.controls import random_directions
 from sonde.features.dictionary import Dictionary
 from sonde.features.input_scale import Sample
@@ -36,6 +37,7 @@ _SHOWN = 12
 _RARE = 10  # fewer tokens are no windows to show
 _CACHED = 1 << 16  # tokens whose activations are kept
 _PREDICTED = 8000  # two batches
+_SELECTION = Selection()
 _OWN, _RANDOM = "dictionary", "random directions"
 
 
@@ -74,6 +76,10 @@ class Features(Part):
         assert self.dictionary is not None
         return self.dictionary
 
+    @cached_property
+    def _skipped(self) -> Any:
+        return _SELECTION.ids(self.audit.lm)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """Where the dictionary reads."""
@@ -105,8 +111,9 @@ class Features(Part):
 
     def update(self, batch: Batch) -> None:
         """Sum up the reconstruction, and keep where latents fire."""
-        x, mask = batch.acts[self._site], batch.mask
-        rows = x[mask]
+        x = batch.acts[self._site]
+        taken, mask = selected(batch, (self._site,), _SELECTION, self._skipped)
+        rows = taken[self._site]
         unit = torch.arange(len(x), device=mask.device)[:, None].expand_as(mask)[mask]
         for one in self._sums.values():
             one.update(rows, rows, unit, len(x))
@@ -203,7 +210,8 @@ class Features(Part):
         sums = LossSums(spliced, {self._site: self._sums[_OWN].mean})
         chunks = []
         for batch in stream(self.audit.lm, self.audit.held, sites=(self._site, "logits")):
-            sums.update(self.audit.lm, batch, batch.acts["logits"], batch.mask)
+            taken = selected(batch, (self._site,), _SELECTION, self._skipped)[1]
+            sums.update(self.audit.lm, batch, batch.acts["logits"], taken)
             chunks.append(batch.chunks)
             if sums.tokens >= _PREDICTED:
                 break
