@@ -1,5 +1,7 @@
 """Latents of a layer write to that layer and all later ones, and the outputs add up."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -78,7 +80,7 @@ def test_the_penalty_and_the_ranks_of_a_crosscoder_weigh_by_the_sum_of_norms(kin
         assert config.norm == "free"
         found = losses([Part(d, x, torch.zeros(32, dtype=torch.bool))], x, config, Scale(variance(x), 20), sparsity=0.1)
         wanted = (x - pre.relu() @ d.w_dec - d.b_dec).square().sum() / 20 + 0.1 * (pre.relu() * weights).sum(1).mean()
-        assert float(found.total.detach()) == pytest.approx(float(wanted), rel=1e-5)
+        assert float(found.total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     else:
         kept = torch.zeros(640).index_fill(0, (pre * weights).flatten().topk(60)[1], 1).view(20, 32)
         assert torch.allclose(d(x), (pre * kept) @ d.w_dec + d.b_dec, atol=1e-4)
@@ -116,3 +118,20 @@ def test_streams_of_other_rows_or_of_one_model_alone_are_refused():
         crosscoder((8, 8), 32, kind="topk", k=3)
     with pytest.raises(SondeError, match="no crosscoder"):
         stream_norms(Dictionary(Design("topk", 8, 32, 3)))
+
+
+def test_a_cross_layer_transcoder_comes_back_from_its_folder(tmp_path):
+    made = CrossLayerTranscoder.initialised(3, 8, 20, k=4, seed=1)
+    made.save(tmp_path / "kept")
+    x = torch.randn(5, 3, 8)
+    assert torch.equal(CrossLayerTranscoder.load(tmp_path / "kept")(x), made(x))
+    shutil.rmtree(tmp_path / "kept/layer.2")
+    with pytest.raises(SondeError, match=r"layer\.2"):
+        CrossLayerTranscoder.load(tmp_path / "kept")
+    CrossLayerTranscoder.initialised(2, 8, 20, k=4).save(tmp_path / "short")
+    shutil.copytree(tmp_path / "short/layer.1", tmp_path / "kept/layer.2")
+    shutil.copytree(tmp_path / "short/layer.0", tmp_path / "kept/layer.1", dirs_exist_ok=True)
+    assert CrossLayerTranscoder.load(tmp_path / "kept")(x).shape == (5, 3, 8)
+    shutil.copytree(tmp_path / "short/layer.1", tmp_path / "kept/layer.1", dirs_exist_ok=True)
+    with pytest.raises(SondeError, match="layers of different transcoders"):
+        CrossLayerTranscoder.load(tmp_path / "kept")

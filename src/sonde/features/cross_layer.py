@@ -6,6 +6,7 @@ by side, and the outputs add up.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -67,6 +68,25 @@ class CrossLayerTranscoder(nn.Module):
                 )
             )
         return CrossLayerTranscoder(layers)
+
+    def save(self, folder: str | Path) -> None:
+        """Write each layer as a dictionary into a folder of its own, `layer.0`, `layer.1`, …; the last one last."""
+        for place, layer in enumerate(self.layers):
+            layer.save(Path(folder) / f"layer.{place}")
+
+    @staticmethod
+    def load(folder: str | Path, *, device: torch.device | str = "cpu") -> "CrossLayerTranscoder":
+        """Read what `save` wrote. Raises `SondeError` for a folder that lacks a layer or holds another thing."""
+        folder = Path(folder)
+        first = Dictionary.load(folder / "layer.0", device=device)
+        count, rest = divmod(first.design.outputs or 0, first.design.inputs)
+        if rest or not count:
+            raise SondeError(f"{folder / 'layer.0'} is no first layer of a cross-layer transcoder")
+        later = [Dictionary.load(folder / f"layer.{place}", device=device) for place in range(1, count)]
+        try:
+            return CrossLayerTranscoder([first, *later])
+        except ValueError as error:
+            raise SondeError(f"{folder} holds layers of different transcoders: {error}") from error
 
     def forward(self, x: Float[Tensor, "... layers d"]) -> Float[Tensor, "... layers d"]:
         """Predictions of all layers' targets."""

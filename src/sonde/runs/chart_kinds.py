@@ -77,7 +77,7 @@ def lines(
         .mark_text(align="left", dx=9, fontWeight=500)
         .encode(x=field_x, y=alt.Y("label_at:Q"), text=f"{series}:N", color=colour)
     )
-    return _titled(alt, layers, title, subtitle)
+    return _titled(alt, layers, title, subtitle, right=5 + max(map(len, names)))
 
 
 def intervals(
