@@ -118,7 +118,9 @@ def intervals(
         .encode(x=field_x, tooltip=tips)
     )  # fmt: skip
     layers += _reference(alt, "x", reference)
-    return _titled(alt, layers, title, subtitle, right=44).properties(height=34 * len(rows) + 10)
+    return _titled(alt, layers, title, subtitle, left=14 + max(map(len, labels)) // 2, right=44).properties(
+        height=34 * len(rows) + 10
+    )
 
 
 def bars(
@@ -236,9 +238,9 @@ def heat(
     )  # fmt: skip
 
 
-def _titled(alt: Any, layers: Sequence[Any], title: str, subtitle: str, *, right: int = 5) -> Any:
+def _titled(alt: Any, layers: Sequence[Any], title: str, subtitle: str, *, left: int = 14, right: int = 5) -> Any:
     """The layers as one chart with its title, and room for labels in fonts wider than those that were measured."""
-    padding = {"left": 14, "top": 4, "bottom": 5, "right": right}
+    padding = {"left": left, "top": 4, "bottom": 5, "right": right}
     return alt.layer(*layers).properties(title=alt.TitleParams(title, subtitle=subtitle), padding=padding)
 
 
