@@ -41,6 +41,11 @@ def test_the_dictionaries_and_their_numbers_are_in_the_run(report):
     assert (report.parent / "charts" / "reconstruction.curves.svg").exists()
 
 
+def test_the_report_shows_what_some_latents_respond_to(report):
+    page = report.read_text()
+    assert 'id="fv-examples.latents"' in page and "Where it fires, strongest first" in page
+
+
 def test_a_finished_study_is_resumed_without_training(report):
     before = numbers(report.parent)
     assert run("--out", report.parent, "--resume") == 0

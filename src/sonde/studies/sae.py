@@ -94,7 +94,7 @@ def sae(config: SaeConfig) -> Path:
     """
     from sonde.data.text import describe
     from sonde.organisms.loading import load
-    from sonde.studies import sae_chapters
+    from sonde.studies import feature_blocks, sae_chapters
 
     check_options(config)
     _check(config)
@@ -110,6 +110,8 @@ def sae(config: SaeConfig) -> Path:
         chapters = [sae_chapters.reconstruction(setting), sae_chapters.prediction(setting)]
         if config.seeds > 1 and config.latents <= _PAIRED:
             chapters.append(sae_chapters.seeds(setting, chosen))
+        first = chosen[0].name
+        chapters.append(feature_blocks.examples_chapter(lm, trained[first], first, held, run, seed=config.seed))
         return publish(
             run,
             lm,

@@ -11,6 +11,7 @@ from sonde.runs import chart_kinds
 from sonde.runs.blocks import Chapter, Column, Figure, Table
 from sonde.runs.finding import Control, Finding, Paper
 from sonde.runs.report.numbers import number
+from sonde.studies.feature_blocks import density_figure
 from sonde.studies.sae import COMPONENTS, RANDOM
 
 if TYPE_CHECKING:
@@ -336,31 +337,16 @@ def _curves(setting: Setting) -> Figure:
 
 
 def _density(setting: Setting) -> Figure:
-    from sonde.features.reconstruction import density_edges
-
-    edges = density_edges()
-    chosen = setting.trained[: _CURVES - 1]
     random = setting.control(setting.first, RANDOM)
-    counts = {name: setting.metrics[name].reconstruction.density for name in (*chosen, random)}
-    shown = [i for i in range(len(edges) - 1) if any(count[i] for count in counts.values())]
-    rows = [
-        {"log": (edges[i] + edges[i + 1]) / 2, "latents": count[i], "dictionary": setting.label(name)}
-        for name, count in counts.items()
-        for i in range(max(0, shown[0] - 1), min(len(edges) - 1, shown[-1] + 2))
-    ]
+    shown = (*setting.trained[: _CURVES - 1], random)
     result = setting.metrics[setting.first].reconstruction
-    chart = chart_kinds.lines(
-        rows,
-        x="log",
-        y="latents",
-        series="dictionary",
+    return density_figure(
+        "reconstruction.density",
+        {setting.label(name): setting.metrics[name].reconstruction.density for name in shown},
         control=(setting.label(random),),
         title=f"{number(100 * result.alive, 3)} % of the latents fire on {result.tokens:,} tokens",
-        subtitle="Latents by the share of tokens on which they fire, in quarters of a power of ten",
-        x_title="log10 of the share of tokens",
-        y_title="latents",
+        caption="How often latents fire, beside random directions.",
     )
-    return Figure(id="reconstruction.density", chart=chart, caption="How often latents fire, beside random directions.")
 
 
 def _table(setting: Setting) -> Table:

@@ -10,7 +10,6 @@ import tempfile
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from sonde.errors import SondeError
@@ -28,13 +27,11 @@ from sonde.runs.feature_cards import FeatureView
 from sonde.runs.finding import Control, Finding
 from sonde.runs.report.numbers import number, trimmed
 from sonde.studies.chapters.part import Audit, Gathered, Part
-from sonde.studies.feature_blocks import density_figure, feature_view
+from sonde.studies.feature_blocks import EXAMPLES, density_figure, drawn_latents, feature_view
 
 if TYPE_CHECKING:
     from sonde.studies.audit import AuditConfig
 
-_SHOWN = 12
-_RARE = 10  # fewer tokens are no windows to show
 _CACHED = 1 << 16  # tokens whose activations are kept
 _PREDICTED = 8000  # two batches
 _SELECTION = Selection()
@@ -187,7 +184,7 @@ class Features(Part):
             findings=findings,
             blocks=blocks,
             not_shown=(
-                f"The windows are of {_SHOWN} latents drawn at random, not of the best; a dictionary of another seed "
+                f"The windows are of {EXAMPLES} latents drawn at random, not of the best; a dictionary of another seed "
                 "has others. That a latent fires on something does not say that the model uses it, and what the "
                 "dictionary misses is not in any latent. Explanations, where there are some, were made on another "
                 "text or an overlapping one. `sonde features show` writes the pages of all latents."
@@ -230,8 +227,6 @@ class Features(Part):
                 {self._site: (self.own.design.latents, triples)},
                 tokenizer=self.audit.lm.tokenizer,
             )
-            enough = np.flatnonzero(cache.counts(self._site) >= _RARE)
-            drawn = np.random.default_rng(config.seed).permutation(enough)[:_SHOWN]
             view, _ = feature_view(
                 "features.latents",
                 self.audit.lm,
@@ -241,7 +236,7 @@ class Features(Part):
                 command=shlex.join(["sonde", "features", "show", given or config.model]),
                 directions=self.own.w_dec,
                 records=known.get(self._site, {}),
-                shown=drawn.tolist(),
+                shown=drawn_latents(cache, self._site, seed=config.seed),
                 left_out="no explanation of it is known",
                 seed=config.seed,
             )
