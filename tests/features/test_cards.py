@@ -1,5 +1,8 @@
 """Cards of latents of which it is known where they fire and what they write."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import families
 import numpy as np
 import pytest
@@ -30,13 +33,8 @@ RECORD = {
 }
 
 
-class Worded:
-    """A model of no text: tokens are called by their numbers."""
-
-    d_model = 8
-
-    def token_strings(self, ids):
-        return [f"<{i}>" for i in ids]
+# A model of no text: tokens are called by their numbers.
+WORDED: Any = SimpleNamespace(d_model=8, token_strings=lambda ids: [f"<{i}>" for i in ids])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def cards(tmp_path_factory):
     cache = planted(tmp_path_factory.mktemp("cache"), SETS)
     rows = torch.eye(4, 6)
     rows[2] = rows[0] + 0.5 * rows[1]
-    return feature_cards(Worded(), cache, "planted", directions=rows, records={0: RECORD}, left_out="not asked")
+    return feature_cards(WORDED, cache, "planted", directions=rows, records={0: RECORD}, left_out="not asked")
 
 
 def test_a_card_counts_and_shows_where_a_latent_fires(cards):
@@ -84,7 +82,7 @@ def test_scores_of_a_run_are_taken_over_and_what_could_not_be_had_is_left_out(ca
 
 def test_only_latents_that_are_to_be_shown_have_windows(tmp_path):
     cache = planted(tmp_path, SETS)
-    cards = feature_cards(Worded(), cache, "planted", shown=[1])
+    cards = feature_cards(WORDED, cache, "planted", shown=[1])
     assert [bool(card.windows) for card in cards] == [False, True, False, False]
     assert all(card.largest for card in cards[:3])
     assert list(cards[1].near) == ["firing together (Jaccard)"]
@@ -95,13 +93,13 @@ def test_a_window_fits_a_context_that_32_does_not_divide(tmp_path):
     sequence, position = (tokens == 3).nonzero()
     triples = sequence, position, np.zeros_like(sequence), np.ones(len(sequence))
     cache = LatentCache.write(tmp_path, tokens, {"one": (1, triples)})
-    (card,) = feature_cards(Worded(), cache, "one")
+    (card,) = feature_cards(WORDED, cache, "one")
     assert len(card.windows[0].tokens) == 25 and not card.near
 
 
 def test_a_hookpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SondeError, match="no hookpoint 'other'"):
-        feature_cards(Worded(), planted(tmp_path, SETS), "other")
+        feature_cards(WORDED, planted(tmp_path, SETS), "other")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "mamba2"])
@@ -109,7 +107,8 @@ def test_the_direction_of_a_token_promotes_it_through_the_final_norm(family):
     lm = LanguageModel(families.tiny(family))
     norm = lm.unembedding.norm
     assert norm is not None
-    weight, gain = lm.unembedding.weight.detach().float(), norm.weight.detach().float()
+    gain: Any = norm.weight
+    weight, gain = lm.unembedding.weight.detach().float(), gain.detach().float()
     rows = torch.linalg.lstsq(weight * gain, torch.eye(len(weight))[:, :1]).solution.T  # logit of token 0 alone
     found = logit_effects(lm, torch.cat([rows, -rows]), kept=5)
     normed = lm.unembedding.normed(torch.cat([rows, -rows])[None] * 1e6) - lm.unembedding.normed(

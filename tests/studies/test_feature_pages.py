@@ -14,7 +14,7 @@ from sonde.studies.feature_pages import FeaturesShowConfig
 SMALL = ("--tokens", "4096")
 
 
-def run(argv, capsys) -> tuple[int, str, str]:
+def run(argv, capsys) -> tuple[int | str, str, str]:
     with pytest.raises(SystemExit) as end:
         main(["features", *map(str, argv)])
     out, err = capsys.readouterr()

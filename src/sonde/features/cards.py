@@ -191,7 +191,7 @@ def _scores(record: Mapping[str, Any]) -> list[FeatureScore]:
     return [
         FeatureScore(
             test=test,
-            measure=_MEASURES.get(name, name.replace("_", " ")),
+            measure=_MEASURES[name] if name in _MEASURES else str(name).replace("_", " "),
             estimate=value["estimate"],
             low=value.get("low"),
             high=value.get("high"),

@@ -22,6 +22,7 @@ from sonde.organisms.registry import ORGANISMS, PREFIX, folder_of, has_weights, 
 if TYPE_CHECKING:
     from sonde.features.dictionary import Dictionary
     from sonde.features.metrics import Metrics
+    from sonde.features.scorers.scorer import Scorer
     from sonde.lm.model import LanguageModel
 
 SUFFIX = "-features"
@@ -178,12 +179,13 @@ def _explained(
 
     client = Client(LiteralReader(tokenize=pieces), seed=config.seed)
     shown: dict[str, Any] = {"shown": 5, "logprobs": False, "seed": config.seed}
+    scorers: list[Scorer] = [Detection(**shown), Fuzzing(**shown), Simulation(seed=config.seed)]
     summary = interpret(
         candidates(
             cache, {config.site: range(config.latents)}, sampling=Sampling(min_examples=MIN_EXAMPLES), seed=config.seed
         ),
         explainer=Lexical(lm.token_strings),
-        scorers=[Detection(**shown), Fuzzing(**shown), Simulation(seed=config.seed)],
+        scorers=scorers,
         client=client,
         words=lm.token_strings,
         folder=work / "interp",

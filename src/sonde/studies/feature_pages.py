@@ -152,23 +152,24 @@ def _of_dictionary(config: FeaturesShowConfig, folder: Path) -> _Source:
     name = config.model or dictionary.model
     if name is None:
         raise SondeError(f"{config.source} does not say which model it belongs to: give --model")
-    if dictionary.site is None:
+    site = dictionary.site
+    if site is None:
         raise SondeError(f"{config.source} does not say which site it reads: save it with one")
-    if config.hookpoint not in (None, dictionary.site):
-        raise SondeError(f"{config.source} reads {dictionary.site}, not {config.hookpoint}")
+    if config.hookpoint not in (None, site):
+        raise SondeError(f"{config.source} reads {site}, not {config.hookpoint}")
     width = dictionary.design.latents
     if config.latent is not None and config.latent >= width:
         raise SondeError(f"latent {config.latent} does not exist: {config.source} has {width}, counted from 0")
     lm = load(name, dtype=config.dtype, device=config.device)
     dictionary = dictionary.to(lm.device)
     cache = LatentCache.build(
-        lm, {dictionary.site: dictionary}, config.text, folder / "cache", tokens=config.tokens,
+        lm, {site: dictionary}, config.text, folder / "cache", tokens=config.tokens,
         context=min(_CONTEXT, lm.context - 1), seed=config.seed, progress="latents",
     )  # fmt: skip
     where = bundled_folder(config.source) if bundled else Path(config.source)
-    records = read_records(where).get(dictionary.site, {})
-    directions = written(lm, {dictionary.site: dictionary})[dictionary.site][1]
-    return _Source(lm, cache, dictionary.site, directions, records, describe(config.text), "")
+    records = read_records(where).get(site, {})
+    directions = written(lm, {site: dictionary})[site][1]
+    return _Source(lm, cache, site, directions, records, describe(config.text), "")
 
 
 def _page(config: FeaturesShowConfig, source: _Source, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from sonde.features.metrics import evaluate
 from sonde.files import load_bundle, save_bundle
 from sonde.lm.batches import TokenBatches
 from sonde.organisms.pebble_features import load_dictionary
+from sonde.runs.blocks import Figure, Prose, Table
 from sonde.runs.charts import spec
 from sonde.runs.feature_cards import FeatureView
 from sonde.studies.chapters.features import Features
@@ -55,9 +56,10 @@ def test_the_bundled_dictionary_beats_random_directions_and_resumes(texts, tmp_p
     assert [f.to_json() for f in one.findings] == [f.to_json() for f in other.findings]
     assert [finding.status for finding in one.findings] == ["found", "found"]
     view, figure, table = one.blocks
-    assert isinstance(view, FeatureView) and len(view.features) == 1024
+    assert isinstance(view, FeatureView) and isinstance(figure, Figure) and isinstance(table, Table)
+    assert len(view.features) == 1024
     assert sum(bool(feature.windows) for feature in view.features) == 12
-    assert view.features == other.blocks[0].features
+    assert view == other.blocks[0]
     spec(figure.chart, figure.id)
     measured = evaluate(LM, load_dictionary("organism:pebble"), texts[1], tokens=4096, loss_tokens=0)
     assert one.findings[0].estimate == pytest.approx(measured.reconstruction.fvu.estimate, rel=1e-6)
@@ -68,7 +70,9 @@ def test_a_model_without_a_dictionary_is_told_how_to_train_one(texts):
     chapter = part(texts, model="somebody/model")
     assert chapter.sites == ()
     written = chapter.write()
-    assert not written.findings and "sonde run sae somebody/model" in written.blocks[0].text
+    (said,) = written.blocks
+    assert isinstance(said, Prose) and not written.findings
+    assert "sonde run sae somebody/model" in said.text
 
 
 def test_a_dictionary_that_does_not_fit_is_refused_before_the_run(tmp_path, texts):
@@ -96,4 +100,5 @@ def test_a_dictionary_of_the_users_own_takes_the_place_of_the_bundled_one(tmp_pa
         chapter.update(batch)
     with torch.no_grad():
         written = chapter.write()
-    assert written.blocks[0].command.endswith(str(tmp_path / "own"))
+    view = written.blocks[0]
+    assert isinstance(view, FeatureView) and view.command.endswith(str(tmp_path / "own"))

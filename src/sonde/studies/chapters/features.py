@@ -121,9 +121,9 @@ class Features(Part):
         active = (values > 0) & mask[..., None]
         row, position, _ = active.nonzero(as_tuple=True)
         self._fires.add("tokens", batch.tokens)
-        self._fires.add("sequence", row + self._rows)
-        self._fires.add("position", position)
-        self._fires.add("latent", indices[active])
+        self._fires.add("sequence", (row + self._rows).int())
+        self._fires.add("position", position.int())
+        self._fires.add("latent", indices[active].int())
         self._fires.add("value", values[active])
         self._rows += len(x)
 
