@@ -22,7 +22,6 @@ from sonde.organisms.registry import ORGANISMS, PREFIX, folder_of, has_weights, 
 if TYPE_CHECKING:
     from sonde.features.dictionary import Dictionary
     from sonde.features.metrics import Metrics
-    from sonde.features.scorers.scorer import Scorer
     from sonde.lm.model import LanguageModel
 
 SUFFIX = "-features"
@@ -179,7 +178,7 @@ def _explained(
 
     client = Client(LiteralReader(tokenize=pieces), seed=config.seed)
     shown: dict[str, Any] = {"shown": 5, "logprobs": False, "seed": config.seed}
-    scorers: list[Scorer] = [Detection(**shown), Fuzzing(**shown), Simulation(seed=config.seed)]
+    scorers: list[Any] = [Detection(**shown), Fuzzing(**shown), Simulation(seed=config.seed)]
     summary = interpret(
         candidates(
             cache, {config.site: range(config.latents)}, sampling=Sampling(min_examples=MIN_EXAMPLES), seed=config.seed

@@ -320,9 +320,7 @@ def _finding(row: Mapping[str, Any], config: "AutoInterpConfig") -> "Finding":
         reasons = "; ".join(row["undefined"]) or mean["reason"]
         return Finding(sentence=f"There is no mean score of {row['name']}.", refused=reasons, **fields)
     found = Interval(mean["estimate"], mean["low"], mean["high"], mean["n"])
-    control = Control(
-        "a random direction with the same explanations" if row["scorer"] == "intervention" else "chance", row["chance"]
-    )
+    control = Control("a random direction" if row["scorer"] == "intervention" else "chance", row["chance"])
     return Finding.of(found, sentence=better if found.low > row["chance"] else otherwise, control=control, **fields)
 
 
