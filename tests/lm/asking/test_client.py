@@ -77,6 +77,13 @@ def ask(client, *texts, params=ONE):
     return [answer.text for answer in client.run(work)]
 
 
+def test_work_can_be_run_where_a_loop_runs_already_as_in_a_notebook(tmp_path):
+    async def cell():
+        return ask(Client(Echo(), answers=tmp_path / "calls.sqlite"), "a", "b")
+
+    assert asyncio.run(cell()) == ["a!", "b!"]
+
+
 def test_an_answer_is_paid_for_once_and_found_again_in_the_file(tmp_path):
     backend = Echo()
     client = Client(backend, answers=tmp_path / "calls.sqlite", price=Price(1.0, 2.0), budget=1.0)

@@ -9,6 +9,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,7 +98,13 @@ class Client:
 
     def run(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` in an event loop of its own. When it fails, calls in flight come home before the error."""
-        return asyncio.run(self._run(work))
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self._run(work))
+        # A notebook has a loop already, and a thread no more than one.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, self._run(work)).result()
 
     async def complete(self, messages: Sequence[Message], params: Params) -> Completion:
         """The answer to one question.
