@@ -159,7 +159,7 @@ class AffineEdit(nn.Module):
         return edit
 
     def then(self, other: "AffineEdit") -> "AffineEdit":
-        """One edit that does this one and then `other`; exact. Both need one strength for all rows.
+        With A = I - L R of each: `A₂A₁ = I - [L₁ L₂][R₁; R₂(I - L₁R₁)]`.
 
         With A = I - L R of each: A₂A₁ = I - [L₁ L₂][R₁; R₂(I - L₁R₁)].
         """
