@@ -159,9 +159,9 @@ class AffineEdit(nn.Module):
         return edit
 
     def then(self, other: "AffineEdit") -> "AffineEdit":
-        With A = I - L R of each: `A₂A₁ = I - [L₁ L₂][R₁; R₂(I - L₁R₁)]`.
+        """One edit that does this one and then `other`; exact. Both need one strength for all rows.
 
-        With A = I - L R of each: A₂A₁ = I - [L₁ L₂][R₁; R₂(I - L₁R₁)].
+        With A = I - L R of each: `A₂A₁ = I - [L₁ L₂][R₁; R₂(I - L₁R₁)]`.
         """
         if self.strength.ndim or other.strength.ndim:
             raise ValueError("edits with a strength for each row cannot be joined into one: enter both, in order")
