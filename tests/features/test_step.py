@@ -136,10 +136,10 @@ def test_a_threshold_follows_the_smallest_value_that_is_kept():
         step.module.train()
         values = step.module.encode(x).values
         step.module.eval()
-        smallest = float(values[values > 0].min())
+        smallest = float(values[values > 0].min().detach())
         step(x)
         wanted = 0.0 if step.done <= 2 else smallest if not wanted else 0.75 * wanted + 0.25 * smallest
-        seen.append(float(step.module.threshold))
+        seen.append(float(step.module.threshold.detach()))
         assert seen[-1] == pytest.approx(wanted, rel=1e-5)
     assert seen[:2] == [0, 0]
 

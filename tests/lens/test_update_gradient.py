@@ -34,6 +34,7 @@ def test_a_block_that_steps_down_the_gradient_is_always_negative(lens_lm, lens_b
         logits = lens_lm.unembed(start)[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="sum")
         (gradient,) = torch.autograd.grad(loss, start)
+    update_gradient(lens_lm, [batch])  # how the model is resumed is measured once, on blocks of its own
     block = lens_lm.structure.blocks[2]
     step = -0.1 * gradient
     try:

@@ -118,7 +118,8 @@ class Harmonics:
         found = torch.zeros_like(square)
         for k in keys:
             kept = self.components[k] @ self.components[k].T + 1 / n
-            found += torch.einsum("ia,jb,abc->ijc", kept, kept, square) - mean
+            half = (kept @ square.flatten(1)).view_as(square)
+            found += kept @ half - mean
         return found.reshape(logits.shape)
 
     def kernel(self, key: int) -> Float[Tensor, "n n"]:
