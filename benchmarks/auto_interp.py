@@ -3,9 +3,10 @@
     python benchmarks/auto_interp.py                 # detection and fuzzing; --simulation for that too
     python benchmarks/auto_interp.py --http          # the same through HTTP to a server on this machine
 
-Latents are planted in random tokens. The calls alone take calls * 50 ms / 64. Printed: that time, the wall time above
-it in per cent, and the CPU time of a call: of cutting windows, writing questions, keeping and reading answers, scores
-with their intervals, and files. A busy machine adds to the wall time, and much less to the CPU time.
+Latents are planted in random tokens. As many calls of the same reader, 64 at a time with nothing around them, are timed
+in turn with it: asyncio itself needs more than calls * 50 ms / 64. Printed: both times, what the pipeline adds in per
+cent, and the CPU time of a call: of cutting windows, writing questions, keeping and reading answers, scores with their
+intervals, and files. A busy machine adds to the wall time, and much less to the CPU time.
 """
 
 import argparse
@@ -41,6 +42,17 @@ class Slow(CoinReader):
     async def complete(self, messages, params):
         await asyncio.sleep(SECONDS)
         return await super().complete(messages, params)
+
+
+async def bare(reader, calls: int) -> None:
+    """The calls and nothing else."""
+    slots, messages = asyncio.Semaphore(CONCURRENCY), [{"role": "user", "content": "a b " * 200}]
+
+    async def call() -> None:
+        async with slots:
+            await reader.complete(messages, Params())
+
+    await asyncio.gather(*(call() for _ in range(calls)))
 
 
 def planted(folder: Path, latents: int) -> LatentCache:
@@ -124,8 +136,10 @@ def main() -> None:
                 )
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 calls, kept = client.counts["calls"], client.counts["kept"]
-                alone = calls * SECONDS / CONCURRENCY
                 if turn:
+                    alone = time.perf_counter()
+                    asyncio.run(bare(Slow(turn), calls))
+                    alone = time.perf_counter() - alone
                     print(
                         f"{calls} calls ({kept} kept): {wall:.2f} s, the calls alone {alone:.2f} s, "
                         f"{wall / alone - 1:+.1%}; CPU {1e3 * cpu / calls:.3f} ms a call"
