@@ -198,7 +198,7 @@ def test_columns_of_another_size_kind_or_step_are_refused():
     jacobian = TrainingJacobian(record(small()))
     with pytest.raises(SondeError, match=r"v has shape \(3, 1\): give \[53, columns\]"):
         jacobian.jvp(columns(3, 1))
-    with pytest.raises(SondeError, match="u is torch.float32"):
+    with pytest.raises(SondeError, match=r"u is torch\.float32"):
         jacobian.vjp(columns(jacobian.n, 1).float())
     with pytest.raises(SondeError, match="step 13 is outside this training of 12 steps"):
         jacobian.jvp(columns(jacobian.n, 1), step=13)
