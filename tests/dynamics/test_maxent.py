@@ -43,12 +43,14 @@ def test_particles_in_the_box_have_the_moments_of_digits():
     assert still.any() and torch.equal(made.x[:, still], statistics.mean[still].expand(500, -1))
 
 
-def test_the_entropy_keeps_particles_apart():
+def test_the_entropy_keeps_particles_apart(monkeypatch):
     statistics = Statistics.of(skewed(d=3))
     once = sample_maxent(statistics, 60, order=2).x
     clumped = once[torch.arange(60) // 2]
     assert log_distance(once + 1e-9) > log_distance(clumped + 1e-6 * torch.rand(60, 3))
     assert len(once.round(decimals=6).unique(dim=0)) == 60
+    monkeypatch.setattr("sonde.dynamics.maxent._ENTROPY", 0.0)
+    assert log_distance(once) > log_distance(sample_maxent(statistics, 60, order=2).x) + 0.05
 
 
 def test_the_third_order_is_matched_on_all_slices():
