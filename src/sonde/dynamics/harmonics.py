@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sonde.data.groups import check_table
 from sonde.dynamics.fourier import basis, frequencies
 from sonde.errors import SondeError
 
@@ -62,8 +63,6 @@ class Harmonics:
 
         Raises `SondeError` for a table that is not of a group.
         """
-        from sonde.data.groups import check_table
-
         check_table(table)
         n = len(table)
         identity = int((table == torch.arange(n)).all(1).nonzero()[0])

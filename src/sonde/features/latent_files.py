@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import Int
@@ -43,11 +43,6 @@ def escaped(hookpoint: str) -> str:
             f"hookpoint {hookpoint!r} cannot name a folder: give 1 to {_LONGEST} characters, not only dots"
         )
     return name
-
-
-def unescaped(name: str) -> str:
-    """The hookpoint of a folder's name."""
-    return unquote(name)
 
 
 def ranges(latents: int, splits: int) -> list[tuple[int, int]]:
